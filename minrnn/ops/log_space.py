@@ -1,0 +1,39 @@
+"""The paper's log-space scan (appendix B.1; the method of Heinsen, arXiv 2311.06281), for comparison only.
+
+It is less precise than the plain loop (the rounding error grows with T, see README) and is not defined for
+negative values, for a state of zero or for resets. Use it to compare with published code, not to train.
+"""
+
+import torch
+from torch import Tensor
+
+from .cells import log_coefficients
+
+
+def scan(cell: str, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tensor | None, reverse: bool) -> Tensor:
+    """States (B, T, D), in the inputs' dtype, computed in it throughout, as published.
+
+    Raises ValueError where the logarithm is not defined. h0=None starts without an initial term.
+    """
+    if resets is not None:
+        raise ValueError("resets: not defined in log space (log 0); use another backend")
+    positive = {"h0": h0} if h0 is not None else {}
+    if cell == "linear":
+        positive |= {"a": inputs[0], "b": inputs[1]}
+    elif cell.endswith("_identity"):
+        positive |= {"candidate": inputs[-1]}
+    for name, value in positive.items():
+        if not bool((value > 0).all()):
+            raise ValueError(
+                f"{name}: the log-space scan is defined for positive values only, got a minimum of "
+                f"{value.min().item():g}; use another backend" + (", or h0=None" if name == "h0" else "")
+            )
+    log_a, log_b = log_coefficients(cell, inputs)
+    if reverse:
+        log_a, log_b = log_a.flip(1), log_b.flip(1)
+    a_star = log_a.cumsum(1)
+    terms = log_b - a_star
+    if h0 is not None:
+        terms = torch.cat([h0.log()[:, None], terms], 1)
+    h = torch.exp(a_star + terms.logcumsumexp(1)[:, int(h0 is not None) :])
+    return h.flip(1) if reverse else h

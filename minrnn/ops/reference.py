@@ -1,0 +1,30 @@
+"""The plain time loop: the oracle of every test, and the slowest backend by far."""
+
+import torch
+from torch import Tensor
+
+from .cells import coefficients
+
+
+def scan(cell: str, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tensor | None, reverse: bool) -> Tensor:
+    """States (B, T, D) of the recurrence, in the inputs' dtype. bf16 and fp16 accumulate in float32.
+
+    Any device, any float dtype, differentiable any number of times. `reverse` runs from the last step to
+    the first.
+    """
+    dtype = inputs[0].dtype
+    compute = torch.promote_types(dtype, torch.float32)
+    a, b = coefficients(cell, tuple(x.to(compute) for x in inputs))
+    B, T, D = b.shape
+    h = b.new_zeros(B, D) if h0 is None else h0.to(compute)
+    states = []
+    for t in reversed(range(T)) if reverse else range(T):
+        if resets is not None:
+            h = torch.where(resets[:, t, None], 0.0, h)
+        h = a[:, t] * h + b[:, t]
+        states.append(h)
+    if not states:
+        return (b + h[:, None]).to(dtype)  # (B, 0, D), yet part of the graph
+    if reverse:
+        states.reverse()
+    return torch.stack(states, 1).to(dtype)

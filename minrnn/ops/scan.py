@@ -1,0 +1,322 @@
+"""The public scans, their checks, the one resolver of backends, and the registration with torch."""
+
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import log_space, reference
+from .cells import CELLS, coefficients
+from .memory import empty_cpu
+
+BACKENDS = ("reference", "log", "cpu", "triton")
+
+
+def linear_scan(
+    a: Tensor, b: Tensor, h0: Tensor | None = None, *, resets: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """h_t = a_t h_{t-1} + b_t over the second dimension, for every batch and channel by itself.
+
+    Args:
+        a: (B, T, D) coefficients, any sign; float64, float32, float16 or bfloat16.
+        b: (B, T, D) inputs, a's dtype and device.
+        h0: (B, D) state before the first step, any sign, same dtype; None means zeros.
+        resets: (B, T) bool; where it is true the state entering that step is zero (h0 does not reach it).
+        backend: "auto", "reference", "log", "cpu" or "triton" (see `available_backends`).
+
+    Returns:
+        (B, T, D) states in the inputs' dtype; the last state is `h[:, -1]`. Compiled backends accumulate in
+        float32 (float64 for float64). Differentiable in a, b and h0, any number of times. The memory order
+        follows the first input: time outermost where its time stride is the larger.
+
+    Raises:
+        TypeError: an argument is not a tensor of the expected dtype.
+        ValueError: a shape or device does not fit, or the backend is unknown or cannot run here.
+    """
+    return _checked_scan("linear", {"a": a, "b": b}, h0, resets, backend)
+
+
+def mingru_scan(
+    gate: Tensor,
+    candidate: Tensor,
+    h0: Tensor | None = None,
+    *,
+    activation: str = "g",
+    resets: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """minGRU: h_t = (1 - z_t) h_{t-1} + z_t c_t with z = sigmoid(gate), c = activation(candidate).
+
+    arXiv 2410.01201, section 3.1 (activation="identity") and appendix B (activation="g").
+
+    Args:
+        gate, candidate: (B, T, D) pre-activations. Two halves of one (B, T, 2D) projection are read in place.
+        activation: "g" (x + 0.5 for x >= 0, else sigmoid(x)) or "identity".
+
+    h0, resets, backend, the result and the errors are those of `linear_scan`.
+    """
+    return _checked_scan(
+        f"mingru_{_activation(activation)}", {"gate": gate, "candidate": candidate}, h0, resets, backend
+    )
+
+
+def minlstm_scan(
+    forget_gate: Tensor,
+    input_gate: Tensor,
+    candidate: Tensor,
+    h0: Tensor | None = None,
+    *,
+    activation: str = "g",
+    normalize: bool = True,
+    resets: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """minLSTM: h_t = f_t h_{t-1} + i_t c_t with c = activation(candidate).
+
+    With f, i the sigmoids of the gates, normalize=True divides both by f + i (arXiv 2410.01201, section 3.2);
+    normalize=False leaves them independent, as the authors' public code does by default.
+
+    Args:
+        forget_gate, input_gate, candidate: (B, T, D) pre-activations.
+        activation: "g" or "identity", as in `mingru_scan`.
+
+    h0, resets, backend, the result and the errors are those of `linear_scan`.
+    """
+    cell = f"minlstm_{'' if normalize else 'unnormalized_'}{_activation(activation)}"
+    inputs = {"forget_gate": forget_gate, "input_gate": input_gate, "candidate": candidate}
+    return _checked_scan(cell, inputs, h0, resets, backend)
+
+
+def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """The backends that can run on tensors of this device, here and now."""
+    return tuple(name for name in BACKENDS if _unusable(name, torch.device(device), torch.float32) is None)
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend's name; "auto" is "cpu" on a CPU, "triton" on a CUDA device, "reference" elsewhere.
+
+    Raises ValueError where the choice cannot run, with the reason; nothing else is chosen in its place.
+    """
+    if backend == "auto":
+        backend = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
+    reason = _unusable(backend, device, dtype)
+    if reason:
+        raise ValueError(f"backend: {backend!r} cannot run on {device} with {dtype}: {reason}")
+    return backend
+
+
+def _unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if backend == "cpu" and device.type != "cpu":
+        return "it works on CPU tensors"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "it works on CUDA tensors (on CPU tensors only with TRITON_INTERPRET=1, slowly)"
+        if device.type not in ("cpu", "cuda"):
+            return "it works on CUDA tensors"
+        if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+            return "this GPU has no bfloat16 (it needs compute capability 8.0); use float16 or float32"
+    return None
+
+
+def _activation(activation: str) -> str:
+    if activation not in ("g", "identity"):
+        raise ValueError(f"activation: expected 'g' or 'identity', got {activation!r}")
+    return activation
+
+
+def _checked_scan(
+    cell: str, inputs: dict[str, Tensor], h0: Tensor | None, resets: Tensor | None, backend: str
+) -> Tensor:
+    floats = inputs if h0 is None else inputs | {"h0": h0}
+    first_name, first = next(iter(inputs.items()))
+    for name, x in floats.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+    if first.dim() != 3:
+        raise ValueError(f"{first_name}: expected shape (B, T, D), got {tuple(first.shape)}")
+    B, T, D = first.shape
+    if torch.is_autocast_enabled(first.device.type):  # as torch's own ops that mix dtypes do: the widest wins
+        dtype = first.dtype
+        for x in floats.values():
+            dtype = torch.promote_types(dtype, x.dtype)
+        floats = {name: x.to(dtype) for name, x in floats.items()}
+        first = floats[first_name]
+    for name, x in floats.items():
+        shape = (B, D) if name == "h0" else (B, T, D)
+        if x.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)} to fit {first_name}, got {tuple(x.shape)}")
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name}: expected {first_name}'s dtype {first.dtype}, got {x.dtype}")
+        if x.device != first.device:
+            raise ValueError(f"{name}: expected {first_name}'s device {first.device}, got {x.device}")
+    if resets is not None:
+        if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
+            got = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
+            raise TypeError(f"resets: expected a bool tensor, got {got}")
+        if resets.shape != (B, T):
+            raise ValueError(f"resets: expected shape {(B, T)} to fit {first_name}, got {tuple(resets.shape)}")
+        if resets.device != first.device:
+            raise ValueError(f"resets: expected {first_name}'s device {first.device}, got {resets.device}")
+    h0 = floats.get("h0")
+    return scan(cell, tuple(floats[name] for name in inputs), h0, resets, False, backend)
+
+
+def scan(
+    cell: str,
+    inputs: tuple[Tensor, ...],
+    h0: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Any cell of `cells.CELLS` without the argument checks; `reverse` runs from the last step to the first.
+
+    h0 then stands after the last step, and a reset clears the state that enters its step from the right.
+    """
+    backend = resolve(backend, inputs[0].device, inputs[0].dtype)
+    if backend == "reference":
+        return reference.scan(cell, inputs, h0, resets, reverse)
+    if backend == "log":
+        return log_space.scan(cell, inputs, h0, resets, reverse)
+    return _scan_op(cell, *_pad(inputs), h0, resets, reverse, backend)
+
+
+def _pad(inputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return (*inputs, *(None,) * (3 - len(inputs)))
+
+
+def _kernels(backend: str) -> ModuleType:
+    if backend == "cpu":
+        from . import cpu
+
+        return cpu
+    from . import triton_scan
+
+    return triton_scan
+
+
+def _empty_states(like: Tensor) -> Tensor:
+    """(B, T, D), D contiguous; time outermost where `like` has it so."""
+    B, T, D = like.shape
+    if B > 1 and T > 1 and like.stride(1) > like.stride(0):
+        return empty_cpu((T, B, D), like).transpose(0, 1)
+    return empty_cpu((B, T, D), like)
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """The tensor as the kernels read it: any layout with D contiguous. Copies only where it is not."""
+    if x is None or x.shape[-1] == 1 or x.stride(-1) == 1:
+        return x
+    return x.contiguous()
+
+
+@torch.library.custom_op("minrnn::scan", mutates_args=())
+def _scan_op(
+    cell: str,
+    x0: Tensor,
+    x1: Tensor,
+    x2: Tensor | None,
+    h0: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool,
+    backend: str,
+) -> Tensor:
+    inputs = tuple(_rows(x) for x in (x0, x1, x2) if x is not None)
+    out = _empty_states(x0)
+    if out.numel():
+        _kernels(backend).forward(cell, inputs, _rows(h0), resets, reverse, out)
+    return out
+
+
+@_scan_op.register_fake
+def _(cell, x0, x1, x2, h0, resets, reverse, backend):
+    return _empty_states(x0)
+
+
+@torch.library.custom_op("minrnn::scan_backward", mutates_args=())
+def _scan_backward_op(
+    cell: str,
+    grad: Tensor,
+    h: Tensor,
+    x0: Tensor,
+    x1: Tensor,
+    x2: Tensor | None,
+    h0: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool,
+    backend: str,
+) -> list[Tensor]:
+    inputs = tuple(_rows(x) for x in (x0, x1, x2) if x is not None)
+    grads = [_empty_states(x) for x in inputs]
+    grad_h0 = None if h0 is None else torch.zeros_like(h0, memory_format=torch.contiguous_format)
+    if h.numel():
+        _kernels(backend).backward(
+            cell, inputs, _rows(h0), resets, reverse, _rows(h), _rows(grad), tuple(grads), grad_h0
+        )
+    return grads if grad_h0 is None else [*grads, grad_h0]
+
+
+@_scan_backward_op.register_fake
+def _(cell, grad, h, x0, x1, x2, h0, resets, reverse, backend):
+    grads = [_empty_states(x) for x in (x0, x1, x2) if x is not None]
+    return grads if h0 is None else [*grads, torch.empty_like(h0, memory_format=torch.contiguous_format)]
+
+
+def _setup_context(ctx, inputs, output):
+    cell, x0, x1, x2, h0, resets, reverse, backend = inputs
+    ctx.cell, ctx.reverse, ctx.backend = cell, reverse, backend
+    ctx.save_for_backward(x0, x1, x2, h0, resets, output)
+
+
+def _backward(ctx, grad):
+    x0, x1, x2, h0, resets, h = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: the same gradients from differentiable parts
+        inputs = tuple(x for x in (x0, x1, x2) if x is not None)
+        grads, grad_h0 = _composite_backward(ctx.cell, inputs, h0, resets, ctx.reverse, ctx.backend, h, grad)
+    else:
+        grads = _scan_backward_op(ctx.cell, grad, h, x0, x1, x2, h0, resets, ctx.reverse, ctx.backend)
+        *grads, grad_h0 = grads if h0 is not None else (*grads, None)
+    return None, *_pad(tuple(grads)), grad_h0, None, None, None
+
+
+_scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _composite_backward(cell, inputs, h0, resets, reverse, backend, h, grad):
+    """The gradients as a graph of differentiable operations, itself built on the linear scan.
+
+    With s_t the gradient that reaches state t, s_t = grad_t + a_{t+1} s_{t+1}: a scan in the other direction.
+    """
+    compute = torch.promote_types(h.dtype, torch.float32)
+    wide = tuple(x.to(compute) for x in inputs)
+    a, b = coefficients(cell, wide)
+    initial = (h.new_zeros(h.shape[0], h.shape[2]) if h0 is None else h0).to(compute)[:, None]
+    states, total = h.to(compute), grad.to(compute)
+    if reverse:
+        previous = torch.cat([states[:, 1:], initial], 1)
+    else:
+        previous = torch.cat([initial, states[:, :-1]], 1)
+    carried = a
+    if resets is not None:
+        carried = torch.where(resets[..., None], 0.0, a)
+        previous = torch.where(resets[..., None], 0.0, previous)
+    edge = torch.zeros_like(carried[:, :1])
+    if reverse:
+        following = torch.cat([edge, carried[:, :-1]], 1)
+    else:
+        following = torch.cat([carried[:, 1:], edge], 1)
+    s = scan("linear", (following, total), None, None, not reverse, backend)
+    outputs = [(y, dy) for y, dy in ((a, s * previous), (b, s)) if y.requires_grad]
+    wanted = [x for x in inputs if x.requires_grad]
+    found = iter(torch.autograd.grad(*zip(*outputs, strict=True), wanted, create_graph=True) if wanted else ())
+    first = slice(-1, None) if reverse else slice(0, 1)
+    grad_h0 = None if h0 is None else (carried[:, first] * s[:, first]).sum(1).to(h0.dtype)
+    return tuple(next(found) if x.requires_grad else None for x in inputs), grad_h0
