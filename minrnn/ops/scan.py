@@ -314,9 +314,9 @@ def _composite_backward(cell, inputs, h0, resets, reverse, backend, h, grad):
     else:
         following = torch.cat([carried[:, 1:], edge], 1)
     s = scan("linear", (following, total), None, None, not reverse, backend)
-    outputs = [(y, dy) for y, dy in ((a, s * previous), (b, s)) if y.requires_grad]
+    outputs = {y: dy for y, dy in ((a, s * previous), (b, s)) if y.requires_grad}
     wanted = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(*zip(*outputs, strict=True), wanted, create_graph=True) if wanted else ())
+    found = iter(torch.autograd.grad([*outputs], wanted, [*outputs.values()], create_graph=True) if wanted else ())
     first = slice(-1, None) if reverse else slice(0, 1)
     grad_h0 = None if h0 is None else (carried[:, first] * s[:, first]).sum(1).to(h0.dtype)
     return tuple(next(found) if x.requires_grad else None for x in inputs), grad_h0
