@@ -1,0 +1,381 @@
+"""The scans on NVIDIA GPUs, in Triton.
+
+A program walks one batch row and 32 channels through time (or through one chunk of it), a tile of some steps at a
+time. A warp's lane owns a channel and holds the tile's whole time axis in its registers, so `tl.associative_scan`
+along time is a plain loop inside each thread: no shared memory, no shuffles, and the same additions and
+multiplications in the same order as the reference's. The state that enters a tile is folded into its first row
+instead of being multiplied by a product of a's, so infinities and NaN travel exactly as they do in the loop. The
+next tile is loaded before the current one is computed, which keeps memory busy with one warp per program.
+
+Nothing is saved for the backward pass but the states: it recomputes the gates from the inputs. Its recurrence,
+s_t = grad_t + a_{t+1} s_{t+1}, runs against time; every kernel here walks upwards, and the host turns a direction
+around by starting at the last step with negated time strides.
+
+Where there are too few channels to fill the GPU and T is long, time is split into chunks in three launches: each
+chunk's product of a's and its end from a zero state; a scan of those over the chunks, which gives the state that
+enters each; then the walk from these. A product cannot tell what the loop does with infinities or NaN, so wherever
+the scan over chunks is not finite, it walks the chunk instead (slow, and only then).
+
+Bytes moved per element of a minGRU in float32 (half of it in bfloat16 and float16):
+
+               walk                              split adds            together
+    forward    read 2 inputs, write h: 12        read 2 inputs: 8      20
+    backward   read 2 inputs, h, grad and        read gate, grad: 8    32
+               write 2 gradients: 24
+
+12 and 24 are the least possible without saving or fusing more, so both kernels are bound by memory.
+
+Every offset is 64-bit and B, T, D and all strides are plain run-time numbers, so one binary serves all layouts.
+This also keeps the compiler from vectorising the loads: several channels per lane would need more registers, and
+32 lanes reading neighbouring channels already fill whole memory transactions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cells import CELLS
+
+BLOCK_D = 32  # one warp: a lane per channel
+FORWARD_STEPS = 16  # steps per tile, the most that leaves registers for 12 warps on every SM
+BACKWARD_STEPS = 8
+CARRY_CHUNKS = 32
+WARPS_PER_SM = 16  # what a split aims at
+MIN_SPLIT_STEPS = 1024
+
+_POINTERS = ("gate", "gate2", "value", "states", "grad", "resets", "initial", "out", "entering", "products", "ends")
+_POINTERS += ("grad_gate", "grad_gate2", "grad_value", "grad_initial")
+
+
+@triton.jit
+def _sigmoids(x):
+    """sigmoid(x), sigmoid(-x), both without cancellation or overflow."""
+    e = tl.exp(-tl.abs(x))
+    large = 1 / (1 + e)
+    small = e * large
+    return tl.where(x >= 0, large, small), tl.where(x >= 0, small, large)
+
+
+@triton.jit
+def _activate(x, G: tl.constexpr):
+    """The candidate and its derivative by x."""
+    if G:
+        s, t = _sigmoids(x)
+        return tl.where(x >= 0, x + 0.5, s), tl.where(x >= 0, 1.0, s * t)
+    else:
+        return x, tl.full(x.shape, 1.0, x.dtype)
+
+
+@triton.jit
+def _normalized(f, i):
+    """sigmoid(f) and sigmoid(i) divided by their sum, defined also where both underflow."""
+    ef = tl.exp(-tl.abs(f))
+    ei = tl.exp(-tl.abs(i))
+    delta = tl.where(f > 0, 0.0, f) - tl.where(i > 0, 0.0, i)
+    e = tl.exp(-tl.abs(delta))
+    f_share = tl.where(delta < 0, e, 1.0) * (1 + ei)
+    i_share = tl.where(delta < 0, 1.0, e) * (1 + ef)
+    total = f_share + i_share
+    return f_share / total, i_share / total
+
+
+@triton.jit
+def _gates(gate, gate2, CELL: tl.constexpr):
+    """What multiplies the state, and what multiplies the candidate."""
+    if CELL == "linear":
+        return gate, tl.full(gate.shape, 1.0, gate.dtype)
+    elif CELL == "mingru":
+        z, keep = _sigmoids(gate)
+        return keep, z
+    elif CELL == "minlstm":
+        return _normalized(gate, gate2)
+    else:
+        f, _ = _sigmoids(gate)
+        i, _ = _sigmoids(gate2)
+        return f, i
+
+
+@triton.jit
+def _coefficients(gate, gate2, value, CELL: tl.constexpr, G: tl.constexpr):
+    """a, b of h_t = a_t h_{t-1} + b_t, as in cells.coefficients."""
+    a, take = _gates(gate, gate2, CELL)
+    candidate, _ = _activate(value, G)
+    return a, take * candidate
+
+
+@triton.jit
+def _input_gradients(gate, gate2, value, previous, s, CELL: tl.constexpr, G: tl.constexpr):
+    """Gradients of gate, gate2 (itself unused where there is none) and value, from s, the gradient of h_t."""
+    a, take = _gates(gate, gate2, CELL)
+    candidate, slope = _activate(value, G)
+    if CELL == "linear":
+        return s * previous, s, s
+    elif CELL == "mingru":
+        grad_gate = a * take * (s * (candidate - previous))
+        return grad_gate, grad_gate, s * take * slope
+    elif CELL == "minlstm":
+        _, not_f = _sigmoids(gate)
+        _, not_i = _sigmoids(gate2)
+        grad_balance = a * take * (s * (previous - candidate))
+        return grad_balance * not_f, -grad_balance * not_i, s * take * slope
+    else:
+        _, not_f = _sigmoids(gate)
+        _, not_i = _sigmoids(gate2)
+        return s * previous * (a * not_f), s * candidate * (take * not_i), s * take * slope
+
+
+@triton.jit
+def _then(a_left, b_left, reset_left, a, b, reset):
+    """Two stretches of h -> a h + b in a row; a reset drops what enters it, infinities and NaN included."""
+    return a_left * a, tl.where(reset, b, a * b_left + b), reset_left | reset
+
+
+@triton.jit
+def _then_gradient(p_left, s_left, a_left, reset_left, p, s, a, reset):
+    """Two stretches of s -> p s + g in a row; a passes the last gradient of a stretch on to the next one's first."""
+    carried_p = tl.where(reset_left, 0.0, a_left * p_left)
+    carried_s = tl.where(reset_left, 0.0, a_left * s_left)
+    return p * carried_p, s + p * carried_s, a, reset
+
+
+@triton.jit
+def _last(x, rows, STEPS: tl.constexpr):
+    return tl.sum(tl.where(rows == STEPS - 1, x, 0.0), axis=0, keep_dims=True)
+
+
+@triton.jit
+def _load(pointer, t, stride, mask):
+    return tl.load(pointer + t.to(tl.int64) * stride, mask=mask, other=0)
+
+
+@triton.jit
+def _load_inputs(gate, gate2, value, resets, t, mask, gate_t, gate2_t, value_t, resets_t):
+    """A tile of each, as stored. What is absent costs nothing."""
+    gate_tile = _load(gate, t, gate_t, mask)
+    if gate2 is None:
+        gate2_tile = gate_tile
+    else:
+        gate2_tile = _load(gate2, t, gate2_t, mask)
+    value_tile = _load(value, t, value_t, mask)
+    if resets is None:
+        reset_tile = tl.full(mask.shape, 0, tl.int1)
+    else:
+        reset_tile = _load(resets, t, resets_t, mask) != 0
+    return gate_tile, gate2_tile, value_tile, reset_tile
+
+
+@triton.jit
+def _walk(
+    gate, gate2, value, resets, out, h, start, stop, lanes, gate_t, gate2_t, value_t, resets_t, out_t,
+    CELL: tl.constexpr, G: tl.constexpr, ADJOINT: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """From state h (1, BLOCK_D) through the steps start..stop: the state after them and the product of their a's.
+
+    The pointers are (1, BLOCK_D), at step 0. States are stored where `out` is given. ADJOINT: value is the
+    gradient of the states, and the walk is the one of the backward pass, c_t = a_t (c_{t-1} + value_t).
+    """
+    rows = tl.arange(0, STEPS)[:, None]
+    product = tl.full(h.shape, 1.0, h.dtype)
+    t = start + rows
+    gate_next, gate2_next, value_next, reset_next = _load_inputs(
+        gate, gate2, value, resets, t, (t < stop) & lanes, gate_t, gate2_t, value_t, resets_t
+    )
+    first = start
+    while first < stop:
+        gate_tile, gate2_tile, value_tile, reset = gate_next, gate2_next, value_next, reset_next
+        t = first + rows
+        gate_next, gate2_next, value_next, reset_next = _load_inputs(
+            gate, gate2, value, resets, t + STEPS, (t + STEPS < stop) & lanes, gate_t, gate2_t, value_t, resets_t
+        )
+        x, x2, y = gate_tile.to(h.dtype), gate2_tile.to(h.dtype), value_tile.to(h.dtype)
+        if ADJOINT:
+            a, _ = _gates(x, x2, CELL)
+            b = tl.where(reset, 0.0, a * y)
+        else:
+            a, b = _coefficients(x, x2, y, CELL, G)
+            b = tl.where(reset, a * 0 + b, b)  # what the loop computes: NaN where a is not finite
+        inside = t < stop
+        a = tl.where(inside, tl.where(reset, 0.0, a), 1.0)
+        b = tl.where(inside, b, 0.0)
+        b = tl.where((rows == 0) & (reset == 0), a * h + b, b)
+        products, states, _ = tl.associative_scan((a, b, reset), 0, _then)
+        if out is not None:
+            tl.store(out + t.to(tl.int64) * out_t, states.to(out.dtype.element_ty), mask=inside & lanes)
+        h = _last(states, rows, STEPS)
+        product *= _last(products, rows, STEPS)
+        first += STEPS
+    return h, product
+
+
+@triton.jit
+def _scan_kernel(
+    gate, gate2, value, resets, initial, out, products, ends,
+    T: tl.int32, D: tl.int32, chunk_steps: tl.int32, chunks: tl.int32,
+    gate_b: tl.int64, gate_t: tl.int64, gate2_b: tl.int64, gate2_t: tl.int64, value_b: tl.int64, value_t: tl.int64,
+    resets_b: tl.int64, resets_t: tl.int64, initial_b: tl.int64, initial_c: tl.int64, out_b: tl.int64,
+    out_t: tl.int64,
+    CELL: tl.constexpr, G: tl.constexpr, ADJOINT: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """States of one chunk. Without `out` its summary: the product of its a's and its end, both (B, chunks, D)."""
+    blocks = tl.cdiv(D, BLOCK_D)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    b, chunk = row // chunks, row % chunks
+    d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    lanes = d < D
+    if initial is None:
+        h = tl.zeros((1, BLOCK_D), ACC)
+    else:
+        h = tl.load(initial + b * initial_b + chunk * initial_c + d, mask=lanes, other=0).to(ACC)
+    start = (chunk * chunk_steps).to(tl.int32)
+    stop = tl.minimum(start + chunk_steps, T)
+    h, product = _walk(
+        gate + b * gate_b + d,
+        None if gate2 is None else gate2 + b * gate2_b + d,
+        value + b * value_b + d,
+        None if resets is None else resets + b * resets_b + d * 0,
+        None if out is None else out + b * out_b + d,
+        h, start, stop, lanes, gate_t, gate2_t, value_t, resets_t, out_t, CELL, G, ADJOINT, STEPS,
+    )  # fmt: skip
+    if out is None:
+        tl.store(products + row * D + d, product, mask=lanes)
+        tl.store(ends + row * D + d, h, mask=lanes)
+
+
+@triton.jit
+def _carry_kernel(
+    gate, gate2, value, resets, initial, products, ends, entering,
+    T: tl.int32, D: tl.int32, chunk_steps: tl.int32, chunks: tl.int32,
+    gate_b: tl.int64, gate_t: tl.int64, gate2_b: tl.int64, gate2_t: tl.int64, value_b: tl.int64, value_t: tl.int64,
+    resets_b: tl.int64, resets_t: tl.int64, initial_b: tl.int64,
+    CELL: tl.constexpr, G: tl.constexpr, ADJOINT: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The state entering every chunk, (B, chunks + 1, D), from the summaries of all chunks, (B, chunks, D).
+
+    The last one is the state after all `chunks`.
+    """
+    blocks = tl.cdiv(D, BLOCK_D)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    lanes = d < D
+    if initial is None:
+        h = tl.zeros((1, BLOCK_D), ACC)
+    else:
+        h = tl.load(initial + b * initial_b + d, mask=lanes, other=0).to(ACC)
+    entering += b * (chunks + 1) * D + d
+    tl.store(entering, h, mask=lanes)
+    summaries = b * chunks * D + d
+    rows = tl.arange(0, CHUNKS)[:, None]
+    first = 0
+    while first < chunks:
+        chunk = first + rows
+        mask = (chunk < chunks) & lanes
+        offsets = summaries + chunk.to(tl.int64) * D
+        product = tl.load(products + offsets, mask=mask, other=1)
+        end = tl.load(ends + offsets, mask=mask, other=0)
+        end = tl.where(rows == 0, product * h + end, end)
+        _, states, _ = tl.associative_scan((product, end, tl.full(mask.shape, 0, tl.int1)), 0, _then)
+        tl.store(entering + (chunk + 1).to(tl.int64) * D, states, mask=mask)
+        if tl.sum((mask & ~(tl.abs(states) < float("inf"))).to(tl.int32)) == 0:
+            h = _last(states, rows, CHUNKS)
+        else:
+            k = first
+            while k < tl.minimum(first + CHUNKS, chunks):
+                offsets = summaries + tl.cast(k, tl.int64) * D
+                jumped = tl.load(products + offsets, mask=lanes, other=1) * h + tl.load(
+                    ends + offsets, mask=lanes, other=0
+                )
+                walked, _ = _walk(
+                    gate + b * gate_b + d,
+                    None if gate2 is None else gate2 + b * gate2_b + d,
+                    value + b * value_b + d,
+                    None if resets is None else resets + b * resets_b + d * 0,
+                    None,
+                    h, k * chunk_steps, tl.minimum((k + 1) * chunk_steps, T), lanes,
+                    gate_t, gate2_t, value_t, resets_t, 0, CELL, G, ADJOINT, STEPS,
+                )  # fmt: skip
+                h = tl.where(tl.abs(jumped) < float("inf"), jumped, walked)
+                k += 1
+                tl.store(entering + tl.cast(k, tl.int64) * D, h, mask=lanes)
+        first += CHUNKS
+
+
+@triton.jit
+def _gradient_kernel(
+    gate, gate2, value, resets, initial, states, grad, entering, grad_gate, grad_gate2, grad_value, grad_initial,
+    T: tl.int32, D: tl.int32, chunk_steps: tl.int32, chunks: tl.int32,
+    gate_b: tl.int64, gate_t: tl.int64, gate2_b: tl.int64, gate2_t: tl.int64, value_b: tl.int64, value_t: tl.int64,
+    resets_b: tl.int64, resets_t: tl.int64, initial_b: tl.int64, states_b: tl.int64, states_t: tl.int64,
+    grad_b: tl.int64, grad_t: tl.int64, grad_gate_b: tl.int64, grad_gate_t: tl.int64, grad_gate2_b: tl.int64,
+    grad_gate2_t: tl.int64, grad_value_b: tl.int64, grad_value_t: tl.int64,
+    CELL: tl.constexpr, G: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one chunk. Step 0 is the last in the forward order, so the previous state stands at t + 1."""
+    blocks = tl.cdiv(D, BLOCK_D)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    b, chunk = row // chunks, row % chunks
+    d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    lanes = d < D
+    gate += b * gate_b + d
+    value += b * value_b + d
+    states += b * states_b + d
+    grad += b * grad_b + d
+    grad_gate += b * grad_gate_b + d
+    grad_value += b * grad_value_b + d
+    if gate2 is not None:
+        gate2 += b * gate2_b + d
+        grad_gate2 += b * grad_gate2_b + d
+    if resets is not None:
+        resets += b * resets_b + d * 0
+    h0 = tl.zeros((1, BLOCK_D), ACC)
+    if initial is not None:
+        h0 = tl.load(initial + b * initial_b + d, mask=lanes, other=0).to(ACC)
+    carry = tl.zeros((1, BLOCK_D), ACC)
+    if entering is not None:
+        carry = tl.load(entering + row * D + d, mask=lanes, other=0)
+    start = (chunk * chunk_steps).to(tl.int32)
+    stop = tl.minimum(start + chunk_steps, T)
+
+    rows = tl.arange(0, STEPS)[:, None]
+    t = start + rows
+    mask = (t < stop) & lanes
+    gate_next, gate2_next, value_next, reset_next = _load_inputs(
+        gate, gate2, value, resets, t, mask, gate_t, gate2_t, value_t, resets_t
+    )
+    grad_next = _load(grad, t, grad_t, mask)
+    previous_next = _load(states, t + 1, states_t, mask & (t + 1 < T))
+    first = start
+    while first < stop:
+        gate_tile, gate2_tile, value_tile, reset = gate_next, gate2_next, value_next, reset_next
+        grad_tile, previous = grad_next, previous_next.to(ACC)
+        t = first + rows
+        ahead = t + STEPS
+        mask = (ahead < stop) & lanes
+        gate_next, gate2_next, value_next, reset_next = _load_inputs(
+            gate, gate2, value, resets, ahead, mask, gate_t, gate2_t, value_t, resets_t
+        )
+        grad_next = _load(grad, ahead, grad_t, mask)
+        previous_next = _load(states, ahead + 1, states_t, mask & (ahead + 1 < T))
+        x, x2, y = gate_tile.to(ACC), gate2_tile.to(ACC), value_tile.to(ACC)
+        inside = t < stop
+        a, _ = _gates(x, x2, CELL)
+        a = tl.where(inside, a, 1.0)
+        s = tl.where(inside, grad_tile.to(ACC), 0.0)
+        s = tl.where(rows == 0, s + carry, s)
+        _, s, a, reset = tl.associative_scan((tl.full(s.shape, 1.0, ACC), s, a, reset), 0, _then_gradient)
+        carry = _last(tl.where(reset, 0.0, a * s), rows, STEPS)
+        previous = tl.where(t + 1 < T, previous, h0)
+        previous = tl.where(reset, 0.0, previous)
+        dx, dx2, dy = _input_gradients(x, x2, y, previous, s, CELL, G)
+        mask = inside & lanes
+        t = t.to(tl.int64)
+        tl.store(grad_gate + t * grad_gate_t, dx.to(grad_gate.dtype.element_ty), mask=mask)
+        if gate2 is not None:
+            tl.store(grad_gate2 + t * grad_gate2_t, dx2.to(grad_gate2.dtype.element_ty), mask=mask)
+        tl.store(grad_value + t * grad_value_t, dy.to(grad_value.dtype.element_ty), mask=mask)
+        first += STEPS
+    if grad_initial is not None:
+        if chunk == chunks - 1:
+            tl.store(grad_initial + b * D + d, carry.to(grad_initial.dtype.element_ty), mask=lanes)
