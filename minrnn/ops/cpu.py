@@ -34,8 +34,11 @@ LANES = 16
 # Bytes of a block of the widest element, and how many a row shorter than a block is worked on in.
 SLOT = LANES * 8
 SCRATCH_SLOTS = 8
-# Below this many elements a thread's start (some 20 us) costs more than it saves.
-MIN_ELEMENTS_PER_THREAD = 1 << 15
+# Below this many elements a further thread costs more than it saves.
+MIN_ELEMENTS_PER_THREAD = 1 << 18
+# Channels are divided among threads in pieces no smaller than this: threads that walk side by side through
+# the same rows disturb each other's prefetching (at D = 64 two threads took three times as long as one).
+MIN_PIECE = 1 << 12
 # Rows of one time step that are walked together, where time is the outermost dimension: their carried
 # states stay in the nearest cache.
 CARRY_ELEMENTS = 1 << 12
@@ -592,7 +595,7 @@ def _backward(
                     if w2 != 0:
                         _copy_row(element, v2, w2, width)
                 else:
-                    for j in range(blocks):
+                    for j in range(blocks - 1, -1, -1):
                         _backward_block(
                             cell, element, r0, r1, r2, previous, r_grad, w0, w1, w2,
                             _block_start(j, width), carry, carry_start + j * LANES,
@@ -665,7 +668,7 @@ def _threads(count: int, process: int) -> ThreadPoolExecutor:
 def _shares(B: int, T: int, D: int) -> list[tuple[int, int, int, int]]:
     """(b_start, b_stop, d_start, d_stop) for each thread; channels are divided where the batch does not suffice."""
     threads = max(1, min(torch.get_num_threads(), B * T * D // MIN_ELEMENTS_PER_THREAD))
-    pieces = 1 if B >= 4 * threads else max(1, min(threads // math.gcd(B, threads), D // LANES))
+    pieces = 1 if B >= 4 * threads else max(1, min(threads // math.gcd(B, threads), D // MIN_PIECE))
     rows = min(B, threads // pieces)
     blocks = -(-D // LANES)
     b_edges = [i * B // rows for i in range(rows + 1)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import log_space, reference
 from .cells import CELLS, coefficients
-from .memory import empty_cpu
+from .memory import empty
 
 BACKENDS = ("reference", "log", "cpu", "triton")
 
@@ -203,12 +203,16 @@ def _kernels(backend: str) -> ModuleType:
     return triton_scan
 
 
-def _empty_states(like: Tensor) -> Tensor:
+def _empty_states(like: Tensor, new=empty) -> Tensor:
     """(B, T, D), D contiguous; time outermost where `like` has it so."""
     B, T, D = like.shape
     if B > 1 and T > 1 and like.stride(1) > like.stride(0):
-        return empty_cpu((T, B, D), like).transpose(0, 1)
-    return empty_cpu((B, T, D), like)
+        return new((T, B, D), like).transpose(0, 1)
+    return new((B, T, D), like)
+
+
+def _empty_fake(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return like.new_empty(shape)
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -238,7 +242,7 @@ def _scan_op(
 
 @_scan_op.register_fake
 def _(cell, x0, x1, x2, h0, resets, reverse, backend):
-    return _empty_states(x0)
+    return _empty_states(x0, _empty_fake)
 
 
 @torch.library.custom_op("minrnn::scan_backward", mutates_args=())
@@ -266,7 +270,7 @@ def _scan_backward_op(
 
 @_scan_backward_op.register_fake
 def _(cell, grad, h, x0, x1, x2, h0, resets, reverse, backend):
-    grads = [_empty_states(x) for x in (x0, x1, x2) if x is not None]
+    grads = [_empty_states(x, _empty_fake) for x in (x0, x1, x2) if x is not None]
     return grads if h0 is None else [*grads, torch.empty_like(h0, memory_format=torch.contiguous_format)]
 
 
@@ -314,9 +318,12 @@ def _composite_backward(cell, inputs, h0, resets, reverse, backend, h, grad):
     else:
         following = torch.cat([carried[:, 1:], edge], 1)
     s = scan("linear", (following, total), None, None, not reverse, backend)
-    outputs = {y: dy for y, dy in ((a, s * previous), (b, s)) if y.requires_grad}
+    reached = [(y, dy) for y, dy in ((a, s * previous), (b, s)) if y.requires_grad]
     wanted = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad([*outputs], wanted, [*outputs.values()], create_graph=True) if wanted else ())
+    found = iter(())
+    if wanted:
+        outputs, grad_outputs = zip(*reached, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True))
     first = slice(-1, None) if reverse else slice(0, 1)
     grad_h0 = None if h0 is None else (carried[:, first] * s[:, first]).sum(1).to(h0.dtype)
     return tuple(next(found) if x.requires_grad else None for x in inputs), grad_h0

@@ -30,12 +30,12 @@ This also keeps the compiler from vectorising the loads: several channels per la
 32 lanes reading neighbouring channels already fill whole memory transactions.
 """
 
+import inspect
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from .cells import CELLS
 
 BLOCK_D = 32  # one warp: a lane per channel
 FORWARD_STEPS = 16  # steps per tile, the most that leaves registers for 12 warps on every SM
@@ -43,9 +43,17 @@ BACKWARD_STEPS = 8
 CARRY_CHUNKS = 32
 WARPS_PER_SM = 16  # what a split aims at
 MIN_SPLIT_STEPS = 1024
+MIN_CHUNK_STEPS = 128
 
-_POINTERS = ("gate", "gate2", "value", "states", "grad", "resets", "initial", "out", "entering", "products", "ends")
-_POINTERS += ("grad_gate", "grad_gate2", "grad_value", "grad_initial")
+
+def _generic_jit(kernel):
+    """Compiles no argument's value or alignment in: one binary serves all layouts.
+
+    It also keeps loads at one element per lane. Wider ones would share a tile's rows among lanes, and the scan
+    would need shuffles.
+    """
+    parameters = inspect.signature(kernel).parameters.values()
+    return triton.jit(do_not_specialize=[p.name for p in parameters if p.annotation is not tl.constexpr])(kernel)
 
 
 @triton.jit
@@ -150,6 +158,11 @@ def _load(pointer, t, stride, mask):
 
 
 @triton.jit
+def _store(pointer, t, stride, x, mask):
+    tl.store(pointer + t.to(tl.int64) * stride, x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _load_inputs(gate, gate2, value, resets, t, mask, gate_t, gate2_t, value_t, resets_t):
     """A tile of each, as stored. What is absent costs nothing."""
     gate_tile = _load(gate, t, gate_t, mask)
@@ -201,14 +214,14 @@ def _walk(
         b = tl.where((rows == 0) & (reset == 0), a * h + b, b)
         products, states, _ = tl.associative_scan((a, b, reset), 0, _then)
         if out is not None:
-            tl.store(out + t.to(tl.int64) * out_t, states.to(out.dtype.element_ty), mask=inside & lanes)
+            _store(out, t, out_t, states, inside & lanes)
         h = _last(states, rows, STEPS)
         product *= _last(products, rows, STEPS)
         first += STEPS
     return h, product
 
 
-@triton.jit
+@_generic_jit
 def _scan_kernel(
     gate, gate2, value, resets, initial, out, products, ends,
     T: tl.int32, D: tl.int32, chunk_steps: tl.int32, chunks: tl.int32,
@@ -243,7 +256,7 @@ def _scan_kernel(
         tl.store(ends + row * D + d, h, mask=lanes)
 
 
-@triton.jit
+@_generic_jit
 def _carry_kernel(
     gate, gate2, value, resets, initial, products, ends, entering,
     T: tl.int32, D: tl.int32, chunk_steps: tl.int32, chunks: tl.int32,
@@ -283,11 +296,10 @@ def _carry_kernel(
         else:
             k = first
             while k < tl.minimum(first + CHUNKS, chunks):
-                offsets = summaries + tl.cast(k, tl.int64) * D
-                jumped = tl.load(products + offsets, mask=lanes, other=1) * h + tl.load(
-                    ends + offsets, mask=lanes, other=0
-                )
-                walked, _ = _walk(
+                summary = summaries + tl.cast(k, tl.int64) * D
+                jumped = tl.load(products + summary, mask=lanes, other=1) * h
+                jumped += tl.load(ends + summary, mask=lanes, other=0)
+                walked, walked_product = _walk(
                     gate + b * gate_b + d,
                     None if gate2 is None else gate2 + b * gate2_b + d,
                     value + b * value_b + d,
@@ -302,7 +314,7 @@ def _carry_kernel(
         first += CHUNKS
 
 
-@triton.jit
+@_generic_jit
 def _gradient_kernel(
     gate, gate2, value, resets, initial, states, grad, entering, grad_gate, grad_gate2, grad_value, grad_initial,
     T: tl.int32, D: tl.int32, chunk_steps: tl.int32, chunks: tl.int32,
@@ -370,12 +382,135 @@ def _gradient_kernel(
         previous = tl.where(reset, 0.0, previous)
         dx, dx2, dy = _input_gradients(x, x2, y, previous, s, CELL, G)
         mask = inside & lanes
-        t = t.to(tl.int64)
-        tl.store(grad_gate + t * grad_gate_t, dx.to(grad_gate.dtype.element_ty), mask=mask)
+        _store(grad_gate, t, grad_gate_t, dx, mask)
         if gate2 is not None:
-            tl.store(grad_gate2 + t * grad_gate2_t, dx2.to(grad_gate2.dtype.element_ty), mask=mask)
-        tl.store(grad_value + t * grad_value_t, dy.to(grad_value.dtype.element_ty), mask=mask)
+            _store(grad_gate2, t, grad_gate2_t, dx2, mask)
+        _store(grad_value, t, grad_value_t, dy, mask)
         first += STEPS
     if grad_initial is not None:
         if chunk == chunks - 1:
             tl.store(grad_initial + b * D + d, carry.to(grad_initial.dtype.element_ty), mask=lanes)
+
+
+def forward(
+    cell: str, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tensor | None, reverse: bool, out: Tensor
+) -> None:
+    """Fills `out` (B, T, D) with the states. All tensors have D contiguous, any strides over B and T."""
+    B, T, D = out.shape
+    arguments = _cell(cell, out.dtype) | _inputs(inputs, resets, flip=reverse)
+    chunk_steps = _chunk_steps(B, T, D, out.device)
+    initial = h0 if chunk_steps >= T else _entering(arguments, h0, B, T, D, chunk_steps)
+    _launch(
+        _scan_kernel,
+        B * triton.cdiv(T, chunk_steps) * triton.cdiv(D, BLOCK_D),
+        **arguments,
+        **_view("out", out, flip=reverse),
+        initial=initial,
+        initial_b=0 if initial is None else initial.stride(0),
+        initial_c=0 if initial is h0 else initial.stride(1),
+        products=None,
+        ends=None,
+        **_extent(T, D, chunk_steps, triton.cdiv(T, chunk_steps)),
+        ADJOINT=False,
+        STEPS=FORWARD_STEPS,
+    )
+
+
+def backward(
+    cell: str,
+    inputs: tuple[Tensor, ...],
+    h0: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool,
+    h: Tensor,
+    grad: Tensor,
+    grads: tuple[Tensor, ...],
+    grad_h0: Tensor | None,
+) -> None:
+    """Fills `grads`, one for each input, and `grad_h0` (B, D), from the states h and their gradient."""
+    B, T, D = h.shape
+    flip = not reverse
+    arguments = _cell(cell, h.dtype) | _inputs(inputs, resets, flip)
+    chunk_steps = _chunk_steps(B, T, D, h.device)
+    entering = None
+    if chunk_steps < T:
+        entering = _entering(arguments | _view("value", grad, flip), None, B, T, D, chunk_steps, adjoint=True)
+    *grad_gates, grad_value = grads
+    grad_gate, grad_gate2 = (*grad_gates, None)[:2]
+    _launch(
+        _gradient_kernel,
+        B * triton.cdiv(T, chunk_steps) * triton.cdiv(D, BLOCK_D),
+        **arguments,
+        **_view("states", h, flip),
+        **_view("grad", grad, flip),
+        **_view("grad_gate", grad_gate, flip),
+        **_view("grad_gate2", grad_gate2, flip),
+        **_view("grad_value", grad_value, flip),
+        initial=h0,
+        initial_b=0 if h0 is None else h0.stride(0),
+        entering=entering,
+        grad_initial=grad_h0,
+        **_extent(T, D, chunk_steps, triton.cdiv(T, chunk_steps)),
+        STEPS=BACKWARD_STEPS,
+    )
+
+
+def _entering(
+    arguments: dict, h0: Tensor | None, B: int, T: int, D: int, chunk_steps: int, adjoint: bool = False
+) -> Tensor:
+    """The state (gradient) entering every chunk, (B, chunks, D) in the type of accumulation."""
+    chunks = triton.cdiv(T, chunk_steps)
+    options = {"dtype": arguments["gate"].dtype, "device": arguments["gate"].device}
+    options["dtype"] = torch.promote_types(options["dtype"], torch.float32)
+    products, ends = torch.empty(2, B, chunks - 1, D, **options)  # nothing follows the last chunk
+    entering = torch.empty(B, chunks, D, **options)
+    shared = arguments | _extent(T, D, chunk_steps, chunks - 1)
+    shared |= {"products": products, "ends": ends, "ADJOINT": adjoint, "STEPS": FORWARD_STEPS}
+    blocks = triton.cdiv(D, BLOCK_D)
+    nothing = {"initial": None, "initial_b": 0, "initial_c": 0} | _view("out", None)
+    _launch(_scan_kernel, B * (chunks - 1) * blocks, **shared, **nothing)
+    initial = {"initial": h0, "initial_b": 0 if h0 is None else h0.stride(0)}
+    _launch(_carry_kernel, B * blocks, **shared, **initial, entering=entering, CHUNKS=CARRY_CHUNKS)
+    return entering
+
+
+def _chunk_steps(B: int, T: int, D: int, device: torch.device) -> int:
+    """How many steps a program walks: all T, or fewer where there are too few channels to fill the GPU."""
+    if device.type != "cuda" or T < MIN_SPLIT_STEPS:
+        return T
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    programs = B * triton.cdiv(D, BLOCK_D)
+    if programs >= 2 * multiprocessors:
+        return T
+    chunks = triton.cdiv(WARPS_PER_SM * multiprocessors, programs)
+    return max(MIN_CHUNK_STEPS, triton.cdiv(triton.cdiv(T, chunks), FORWARD_STEPS) * FORWARD_STEPS)
+
+
+def _cell(cell: str, dtype: torch.dtype) -> dict:
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
+    return {"CELL": cell.removesuffix("_g").removesuffix("_identity"), "G": cell.endswith("_g"), "ACC": acc}
+
+
+def _inputs(inputs: tuple[Tensor, ...], resets: Tensor | None, flip: bool) -> dict:
+    *gates, value = inputs
+    gate, gate2 = (*gates, None)[:2]
+    resets = None if resets is None else resets.view(torch.uint8)
+    named = {"gate": gate, "gate2": gate2, "value": value, "resets": resets}
+    return {k: v for name, x in named.items() for k, v in _view(name, x, flip).items()}
+
+
+def _view(name: str, x: Tensor | None, flip: bool = False) -> dict:
+    """The kernel's arguments for a (B, T, ...) tensor; flipped, its step 0 is the last one."""
+    if x is None:
+        return {name: None, f"{name}_b": 0, f"{name}_t": 0}
+    b, t = x.stride()[:2]
+    return {name: x[:, -1:] if flip else x, f"{name}_b": b, f"{name}_t": -t if flip else t}
+
+
+def _extent(T: int, D: int, chunk_steps: int, chunks: int) -> dict:
+    return {"T": T, "D": D, "chunk_steps": chunk_steps, "chunks": chunks}
+
+
+def _launch(kernel, programs: int, **arguments) -> None:
+    with torch.cuda.device_of(arguments["gate"]):
+        kernel[(programs,)](**arguments, BLOCK_D=BLOCK_D, num_warps=BLOCK_D // 32, num_stages=1, enable_fp_fusion=True)
