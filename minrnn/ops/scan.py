@@ -5,6 +5,7 @@ import os
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import log_space, reference
@@ -177,20 +178,31 @@ def scan(
     reverse: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Any cell of `cells.CELLS` without the argument checks; `reverse` runs from the last step to the first.
+    """Any cell of `cells.CELLS`, without the argument checks.
 
-    h0 then stands after the last step, and a reset clears the state that enters its step from the right.
+    `inputs` is what the cell takes, or one tensor (B, T, n D) that holds all n side by side, as a fused
+    projection gives them: its gradient then comes back as one tensor too, without a copy. `reverse` runs from
+    the last step to the first: h0 stands after the last step, a reset clears what enters its step from there.
     """
     backend = resolve(backend, inputs[0].device, inputs[0].dtype)
     if backend == "reference":
-        return reference.scan(cell, inputs, h0, resets, reverse)
+        return reference.scan(cell, _separate(cell, inputs), h0, resets, reverse)
     if backend == "log":
-        return log_space.scan(cell, inputs, h0, resets, reverse)
-    return _scan_op(cell, *_pad(inputs), h0, resets, reverse, backend)
+        return log_space.scan(cell, _separate(cell, inputs), h0, resets, reverse)
+    x0, x1, x2 = _pad(inputs)
+    return _scan_op(cell, x0, x1, x2, h0, resets, reverse, backend)
+
+
+def _separate(cell: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs[0].chunk(CELLS[cell], -1) if len(inputs) == 1 else inputs
 
 
 def _pad(inputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     return (*inputs, *(None,) * (3 - len(inputs)))
+
+
+def _present(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(x for x in inputs if x is not None)
 
 
 def _kernels(backend: str) -> ModuleType:
@@ -203,16 +215,21 @@ def _kernels(backend: str) -> ModuleType:
     return triton_scan
 
 
-def _empty_states(like: Tensor, new=empty) -> Tensor:
-    """(B, T, D), D contiguous; time outermost where `like` has it so."""
-    B, T, D = like.shape
-    if B > 1 and T > 1 and like.stride(1) > like.stride(0):
-        return new((T, B, D), like).transpose(0, 1)
-    return new((B, T, D), like)
+def _empty_like(x: Tensor, D: int, new=empty) -> Tensor:
+    """(B, T, D), D contiguous; time outermost where `x` has it so."""
+    B, T, _ = x.shape
+    if B > 1 and T > 1 and x.stride(1) > x.stride(0):
+        return new((T, B, D), x).transpose(0, 1)
+    return new((B, T, D), x)
 
 
 def _empty_fake(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return like.new_empty(shape)
+
+
+def _empty_states(cell: str, inputs: tuple[Tensor, ...], new=empty) -> Tensor:
+    width = inputs[0].shape[2]
+    return _empty_like(inputs[0], width // CELLS[cell] if len(inputs) == 1 else width, new)
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -226,23 +243,23 @@ def _rows(x: Tensor | None) -> Tensor | None:
 def _scan_op(
     cell: str,
     x0: Tensor,
-    x1: Tensor,
+    x1: Tensor | None,
     x2: Tensor | None,
     h0: Tensor | None,
     resets: Tensor | None,
     reverse: bool,
     backend: str,
 ) -> Tensor:
-    inputs = tuple(_rows(x) for x in (x0, x1, x2) if x is not None)
-    out = _empty_states(x0)
+    inputs = tuple(_rows(x) for x in _present(x0, x1, x2))
+    out = _empty_states(cell, inputs)
     if out.numel():
-        _kernels(backend).forward(cell, inputs, _rows(h0), resets, reverse, out)
+        _kernels(backend).forward(cell, _separate(cell, inputs), _rows(h0), resets, reverse, out)
     return out
 
 
 @_scan_op.register_fake
 def _(cell, x0, x1, x2, h0, resets, reverse, backend):
-    return _empty_states(x0, _empty_fake)
+    return _empty_states(cell, _present(x0, x1, x2), _empty_fake)
 
 
 @torch.library.custom_op("minrnn::scan_backward", mutates_args=())
@@ -251,27 +268,29 @@ def _scan_backward_op(
     grad: Tensor,
     h: Tensor,
     x0: Tensor,
-    x1: Tensor,
+    x1: Tensor | None,
     x2: Tensor | None,
     h0: Tensor | None,
     resets: Tensor | None,
     reverse: bool,
     backend: str,
 ) -> list[Tensor]:
-    inputs = tuple(_rows(x) for x in (x0, x1, x2) if x is not None)
-    grads = [_empty_states(x) for x in inputs]
-    grad_h0 = None if h0 is None else torch.zeros_like(h0, memory_format=torch.contiguous_format)
+    """The gradients of the inputs and, where there is one, of h0."""
+    inputs = tuple(_rows(x) for x in _present(x0, x1, x2))
+    grads = tuple(_empty_like(x, x.shape[2]) for x in inputs)
+    grad_h0 = None if h0 is None else h0.new_zeros(h0.shape)
     if h.numel():
+        separate = _separate(cell, inputs), _separate(cell, grads)
         _kernels(backend).backward(
-            cell, inputs, _rows(h0), resets, reverse, _rows(h), _rows(grad), tuple(grads), grad_h0
+            cell, separate[0], _rows(h0), resets, reverse, _rows(h), _rows(grad), separate[1], grad_h0
         )
-    return grads if grad_h0 is None else [*grads, grad_h0]
+    return [*grads, *_present(grad_h0)]
 
 
 @_scan_backward_op.register_fake
 def _(cell, grad, h, x0, x1, x2, h0, resets, reverse, backend):
-    grads = [_empty_states(x, _empty_fake) for x in (x0, x1, x2) if x is not None]
-    return grads if h0 is None else [*grads, torch.empty_like(h0, memory_format=torch.contiguous_format)]
+    grads = [_empty_like(x, x.shape[2], _empty_fake) for x in _present(x0, x1, x2)]
+    return grads if h0 is None else [*grads, h0.new_empty(h0.shape)]
 
 
 def _setup_context(ctx, inputs, output):
@@ -283,11 +302,11 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     x0, x1, x2, h0, resets, h = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: the same gradients from differentiable parts
-        inputs = tuple(x for x in (x0, x1, x2) if x is not None)
-        grads, grad_h0 = _composite_backward(ctx.cell, inputs, h0, resets, ctx.reverse, ctx.backend, h, grad)
+        inputs = _present(x0, x1, x2)
+        *grads, grad_h0 = _composite_backward(ctx.cell, inputs, h0, resets, ctx.reverse, ctx.backend, h, grad)
     else:
         grads = _scan_backward_op(ctx.cell, grad, h, x0, x1, x2, h0, resets, ctx.reverse, ctx.backend)
-        *grads, grad_h0 = grads if h0 is not None else (*grads, None)
+        grad_h0 = None if h0 is None else grads.pop()
     return None, *_pad(tuple(grads)), grad_h0, None, None, None
 
 
@@ -300,30 +319,25 @@ def _composite_backward(cell, inputs, h0, resets, reverse, backend, h, grad):
     With s_t the gradient that reaches state t, s_t = grad_t + a_{t+1} s_{t+1}: a scan in the other direction.
     """
     compute = torch.promote_types(h.dtype, torch.float32)
-    wide = tuple(x.to(compute) for x in inputs)
-    a, b = coefficients(cell, wide)
+    a, b = coefficients(cell, tuple(x.to(compute) for x in _separate(cell, inputs)))
     initial = (h.new_zeros(h.shape[0], h.shape[2]) if h0 is None else h0).to(compute)[:, None]
     states, total = h.to(compute), grad.to(compute)
     if reverse:
-        previous = torch.cat([states[:, 1:], initial], 1)
+        previous = torch.cat([states, initial], 1)[:, 1:]
     else:
-        previous = torch.cat([initial, states[:, :-1]], 1)
+        previous = torch.cat([initial, states], 1)[:, :-1]
     carried = a
     if resets is not None:
         carried = torch.where(resets[..., None], 0.0, a)
         previous = torch.where(resets[..., None], 0.0, previous)
-    edge = torch.zeros_like(carried[:, :1])
-    if reverse:
-        following = torch.cat([edge, carried[:, :-1]], 1)
-    else:
-        following = torch.cat([carried[:, 1:], edge], 1)
+    following = F.pad(carried, (0, 0, 1, 0))[:, :-1] if reverse else F.pad(carried, (0, 0, 0, 1))[:, 1:]
     s = scan("linear", (following, total), None, None, not reverse, backend)
-    reached = [(y, dy) for y, dy in ((a, s * previous), (b, s)) if y.requires_grad]
-    wanted = [x for x in inputs if x.requires_grad]
-    found = iter(())
-    if wanted:
-        outputs, grad_outputs = zip(*reached, strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True))
     first = slice(-1, None) if reverse else slice(0, 1)
     grad_h0 = None if h0 is None else (carried[:, first] * s[:, first]).sum(1).to(h0.dtype)
-    return tuple(next(found) if x.requires_grad else None for x in inputs), grad_h0
+    reached = [(y, dy) for y, dy in ((a, s * previous), (b, s)) if y.requires_grad]
+    wanted = [x for x in inputs if x.requires_grad]
+    if not wanted:
+        return *(None for _ in inputs), grad_h0
+    outputs, grad_outputs = zip(*reached, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True))
+    return *(next(found) if x.requires_grad else None for x in inputs), grad_h0

@@ -60,17 +60,17 @@ def _generic_jit(kernel):
 def _sigmoids(x):
     """sigmoid(x), sigmoid(-x), both without cancellation or overflow."""
     e = tl.exp(-tl.abs(x))
-    large = 1 / (1 + e)
-    small = e * large
-    return tl.where(x >= 0, large, small), tl.where(x >= 0, small, large)
+    r = 1 / (1 + e)
+    return tl.where(x >= 0, r, e * r), tl.where(x >= 0, e * r, r)
 
 
 @triton.jit
 def _activate(x, G: tl.constexpr):
     """The candidate and its derivative by x."""
     if G:
-        s, t = _sigmoids(x)
-        return tl.where(x >= 0, x + 0.5, s), tl.where(x >= 0, 1.0, s * t)
+        e = tl.exp(-tl.abs(x))
+        r = 1 / (1 + e)
+        return tl.where(x >= 0, x + 0.5, e * r), tl.where(x >= 0, 1.0, e * r * r)
     else:
         return x, tl.full(x.shape, 1.0, x.dtype)
 
@@ -84,8 +84,8 @@ def _normalized(f, i):
     e = tl.exp(-tl.abs(delta))
     f_share = tl.where(delta < 0, e, 1.0) * (1 + ei)
     i_share = tl.where(delta < 0, 1.0, e) * (1 + ef)
-    total = f_share + i_share
-    return f_share / total, i_share / total
+    r = 1 / (f_share + i_share)
+    return f_share * r, i_share * r
 
 
 @triton.jit
@@ -153,28 +153,34 @@ def _last(x, rows, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, t, stride, mask):
-    return tl.load(pointer + t.to(tl.int64) * stride, mask=mask, other=0)
+def _load(pointer, t, rows, stride, mask, other):
+    """Steps t + rows. Offsets in two parts, so that a tile's addresses cost one addition each."""
+    return tl.load(pointer + t * stride + rows * stride, mask=mask, other=other)
 
 
 @triton.jit
-def _store(pointer, t, stride, x, mask):
-    tl.store(pointer + t.to(tl.int64) * stride, x.to(pointer.dtype.element_ty), mask=mask)
+def _store(pointer, t, rows, stride, x, mask):
+    tl.store(pointer + t * stride + rows * stride, x.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _load_inputs(gate, gate2, value, resets, t, mask, gate_t, gate2_t, value_t, resets_t):
-    """A tile of each, as stored. What is absent costs nothing."""
-    gate_tile = _load(gate, t, gate_t, mask)
+def _load_inputs(gate, gate2, value, resets, t, rows, mask, gate_t, gate2_t, value_t, resets_t, CELL: tl.constexpr):
+    """A tile of each, as stored; outside of the mask inputs that give a = 1, b = 0. What is absent costs nothing."""
+    if CELL == "linear":
+        gate_tile = _load(gate, t, rows, gate_t, mask, 1)
+    elif CELL == "mingru":
+        gate_tile = _load(gate, t, rows, gate_t, mask, float("-inf"))
+    else:
+        gate_tile = _load(gate, t, rows, gate_t, mask, float("inf"))
     if gate2 is None:
         gate2_tile = gate_tile
     else:
-        gate2_tile = _load(gate2, t, gate2_t, mask)
-    value_tile = _load(value, t, value_t, mask)
+        gate2_tile = _load(gate2, t, rows, gate2_t, mask, float("-inf"))
+    value_tile = _load(value, t, rows, value_t, mask, 0)
     if resets is None:
         reset_tile = tl.full(mask.shape, 0, tl.int1)
     else:
-        reset_tile = _load(resets, t, resets_t, mask) != 0
+        reset_tile = _load(resets, t, rows, resets_t, mask, 0) != 0
     return gate_tile, gate2_tile, value_tile, reset_tile
 
 
@@ -188,19 +194,19 @@ def _walk(
     The pointers are (1, BLOCK_D), at step 0. States are stored where `out` is given. ADJOINT: value is the
     gradient of the states, and the walk is the one of the backward pass, c_t = a_t (c_{t-1} + value_t).
     """
-    rows = tl.arange(0, STEPS)[:, None]
+    rows = tl.arange(0, STEPS)[:, None].to(tl.int64)
     product = tl.full(h.shape, 1.0, h.dtype)
-    t = start + rows
     gate_next, gate2_next, value_next, reset_next = _load_inputs(
-        gate, gate2, value, resets, t, (t < stop) & lanes, gate_t, gate2_t, value_t, resets_t
-    )
-    first = start
-    while first < stop:
+        gate, gate2, value, resets, start, rows, (rows < stop - start) & lanes,
+        gate_t, gate2_t, value_t, resets_t, CELL,
+    )  # fmt: skip
+    t = start
+    while t < stop:
         gate_tile, gate2_tile, value_tile, reset = gate_next, gate2_next, value_next, reset_next
-        t = first + rows
         gate_next, gate2_next, value_next, reset_next = _load_inputs(
-            gate, gate2, value, resets, t + STEPS, (t + STEPS < stop) & lanes, gate_t, gate2_t, value_t, resets_t
-        )
+            gate, gate2, value, resets, t + STEPS, rows, (rows < stop - t - STEPS) & lanes,
+            gate_t, gate2_t, value_t, resets_t, CELL,
+        )  # fmt: skip
         x, x2, y = gate_tile.to(h.dtype), gate2_tile.to(h.dtype), value_tile.to(h.dtype)
         if ADJOINT:
             a, _ = _gates(x, x2, CELL)
@@ -208,23 +214,21 @@ def _walk(
         else:
             a, b = _coefficients(x, x2, y, CELL, G)
             b = tl.where(reset, a * 0 + b, b)  # what the loop computes: NaN where a is not finite
-        inside = t < stop
-        a = tl.where(inside, tl.where(reset, 0.0, a), 1.0)
-        b = tl.where(inside, b, 0.0)
+        a = tl.where(reset, 0.0, a)
         b = tl.where((rows == 0) & (reset == 0), a * h + b, b)
         products, states, _ = tl.associative_scan((a, b, reset), 0, _then)
         if out is not None:
-            _store(out, t, out_t, states, inside & lanes)
+            _store(out, t, rows, out_t, states, (rows < stop - t) & lanes)
         h = _last(states, rows, STEPS)
         product *= _last(products, rows, STEPS)
-        first += STEPS
+        t += STEPS
     return h, product
 
 
 @_generic_jit
 def _scan_kernel(
     gate, gate2, value, resets, initial, out, products, ends,
-    T: tl.int32, D: tl.int32, chunk_steps: tl.int32, chunks: tl.int32,
+    T: tl.int64, D: tl.int64, chunk_steps: tl.int64, chunks: tl.int64,
     gate_b: tl.int64, gate_t: tl.int64, gate2_b: tl.int64, gate2_t: tl.int64, value_b: tl.int64, value_t: tl.int64,
     resets_b: tl.int64, resets_t: tl.int64, initial_b: tl.int64, initial_c: tl.int64, out_b: tl.int64,
     out_t: tl.int64,
@@ -233,7 +237,7 @@ def _scan_kernel(
 ):  # fmt: skip
     """States of one chunk. Without `out` its summary: the product of its a's and its end, both (B, chunks, D)."""
     blocks = tl.cdiv(D, BLOCK_D)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) // blocks
     b, chunk = row // chunks, row % chunks
     d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     lanes = d < D
@@ -241,7 +245,7 @@ def _scan_kernel(
         h = tl.zeros((1, BLOCK_D), ACC)
     else:
         h = tl.load(initial + b * initial_b + chunk * initial_c + d, mask=lanes, other=0).to(ACC)
-    start = (chunk * chunk_steps).to(tl.int32)
+    start = chunk * chunk_steps
     stop = tl.minimum(start + chunk_steps, T)
     h, product = _walk(
         gate + b * gate_b + d,
@@ -259,7 +263,7 @@ def _scan_kernel(
 @_generic_jit
 def _carry_kernel(
     gate, gate2, value, resets, initial, products, ends, entering,
-    T: tl.int32, D: tl.int32, chunk_steps: tl.int32, chunks: tl.int32,
+    T: tl.int64, D: tl.int64, chunk_steps: tl.int64, chunks: tl.int64,
     gate_b: tl.int64, gate_t: tl.int64, gate2_b: tl.int64, gate2_t: tl.int64, value_b: tl.int64, value_t: tl.int64,
     resets_b: tl.int64, resets_t: tl.int64, initial_b: tl.int64,
     CELL: tl.constexpr, G: tl.constexpr, ADJOINT: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
@@ -270,7 +274,7 @@ def _carry_kernel(
     The last one is the state after all `chunks`.
     """
     blocks = tl.cdiv(D, BLOCK_D)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
+    b = tl.program_id(0) // blocks
     d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     lanes = d < D
     if initial is None:
@@ -280,23 +284,24 @@ def _carry_kernel(
     entering += b * (chunks + 1) * D + d
     tl.store(entering, h, mask=lanes)
     summaries = b * chunks * D + d
-    rows = tl.arange(0, CHUNKS)[:, None]
-    first = 0
+    rows = tl.arange(0, CHUNKS)[:, None].to(tl.int64)
+    first = b * 0
     while first < chunks:
         chunk = first + rows
         mask = (chunk < chunks) & lanes
-        offsets = summaries + chunk.to(tl.int64) * D
+        offsets = summaries + chunk * D
         product = tl.load(products + offsets, mask=mask, other=1)
         end = tl.load(ends + offsets, mask=mask, other=0)
         end = tl.where(rows == 0, product * h + end, end)
         _, states, _ = tl.associative_scan((product, end, tl.full(mask.shape, 0, tl.int1)), 0, _then)
-        tl.store(entering + (chunk + 1).to(tl.int64) * D, states, mask=mask)
+        tl.store(entering + (chunk + 1) * D, states, mask=mask)
         if tl.sum((mask & ~(tl.abs(states) < float("inf"))).to(tl.int32)) == 0:
             h = _last(states, rows, CHUNKS)
         else:
             k = first
             while k < tl.minimum(first + CHUNKS, chunks):
-                summary = summaries + tl.cast(k, tl.int64) * D
+                summary = summaries + k * D
+                chunk_start = k * chunk_steps
                 jumped = tl.load(products + summary, mask=lanes, other=1) * h
                 jumped += tl.load(ends + summary, mask=lanes, other=0)
                 walked, walked_product = _walk(
@@ -305,19 +310,19 @@ def _carry_kernel(
                     value + b * value_b + d,
                     None if resets is None else resets + b * resets_b + d * 0,
                     None,
-                    h, k * chunk_steps, tl.minimum((k + 1) * chunk_steps, T), lanes,
+                    h, chunk_start, tl.minimum(chunk_start + chunk_steps, T), lanes,
                     gate_t, gate2_t, value_t, resets_t, 0, CELL, G, ADJOINT, STEPS,
                 )  # fmt: skip
                 h = tl.where(tl.abs(jumped) < float("inf"), jumped, walked)
                 k += 1
-                tl.store(entering + tl.cast(k, tl.int64) * D, h, mask=lanes)
+                tl.store(entering + k * D, h, mask=lanes)
         first += CHUNKS
 
 
 @_generic_jit
 def _gradient_kernel(
     gate, gate2, value, resets, initial, states, grad, entering, grad_gate, grad_gate2, grad_value, grad_initial,
-    T: tl.int32, D: tl.int32, chunk_steps: tl.int32, chunks: tl.int32,
+    T: tl.int64, D: tl.int64, chunk_steps: tl.int64, chunks: tl.int64,
     gate_b: tl.int64, gate_t: tl.int64, gate2_b: tl.int64, gate2_t: tl.int64, value_b: tl.int64, value_t: tl.int64,
     resets_b: tl.int64, resets_t: tl.int64, initial_b: tl.int64, states_b: tl.int64, states_t: tl.int64,
     grad_b: tl.int64, grad_t: tl.int64, grad_gate_b: tl.int64, grad_gate_t: tl.int64, grad_gate2_b: tl.int64,
@@ -326,7 +331,7 @@ def _gradient_kernel(
 ):  # fmt: skip
     """Gradients of one chunk. Step 0 is the last in the forward order, so the previous state stands at t + 1."""
     blocks = tl.cdiv(D, BLOCK_D)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) // blocks
     b, chunk = row // chunks, row % chunks
     d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     lanes = d < D
@@ -347,46 +352,40 @@ def _gradient_kernel(
     carry = tl.zeros((1, BLOCK_D), ACC)
     if entering is not None:
         carry = tl.load(entering + row * D + d, mask=lanes, other=0)
-    start = (chunk * chunk_steps).to(tl.int32)
+    start = chunk * chunk_steps
     stop = tl.minimum(start + chunk_steps, T)
 
-    rows = tl.arange(0, STEPS)[:, None]
-    t = start + rows
-    mask = (t < stop) & lanes
+    rows = tl.arange(0, STEPS)[:, None].to(tl.int64)
+    mask = (rows < stop - start) & lanes
     gate_next, gate2_next, value_next, reset_next = _load_inputs(
-        gate, gate2, value, resets, t, mask, gate_t, gate2_t, value_t, resets_t
+        gate, gate2, value, resets, start, rows, mask, gate_t, gate2_t, value_t, resets_t, CELL
     )
-    grad_next = _load(grad, t, grad_t, mask)
-    previous_next = _load(states, t + 1, states_t, mask & (t + 1 < T))
-    first = start
-    while first < stop:
+    grad_next = _load(grad, start, rows, grad_t, mask, 0)
+    previous_next = _load(states, start + 1, rows, states_t, mask & (rows < T - 1 - start), 0)
+    t = start
+    while t < stop:
         gate_tile, gate2_tile, value_tile, reset = gate_next, gate2_next, value_next, reset_next
-        grad_tile, previous = grad_next, previous_next.to(ACC)
-        t = first + rows
+        s, previous = grad_next.to(ACC), previous_next.to(ACC)
         ahead = t + STEPS
-        mask = (ahead < stop) & lanes
+        mask = (rows < stop - ahead) & lanes
         gate_next, gate2_next, value_next, reset_next = _load_inputs(
-            gate, gate2, value, resets, ahead, mask, gate_t, gate2_t, value_t, resets_t
+            gate, gate2, value, resets, ahead, rows, mask, gate_t, gate2_t, value_t, resets_t, CELL
         )
-        grad_next = _load(grad, ahead, grad_t, mask)
-        previous_next = _load(states, ahead + 1, states_t, mask & (ahead + 1 < T))
+        grad_next = _load(grad, ahead, rows, grad_t, mask, 0)
+        previous_next = _load(states, ahead + 1, rows, states_t, mask & (rows < T - 1 - ahead), 0)
         x, x2, y = gate_tile.to(ACC), gate2_tile.to(ACC), value_tile.to(ACC)
-        inside = t < stop
         a, _ = _gates(x, x2, CELL)
-        a = tl.where(inside, a, 1.0)
-        s = tl.where(inside, grad_tile.to(ACC), 0.0)
         s = tl.where(rows == 0, s + carry, s)
         _, s, a, reset = tl.associative_scan((tl.full(s.shape, 1.0, ACC), s, a, reset), 0, _then_gradient)
         carry = _last(tl.where(reset, 0.0, a * s), rows, STEPS)
-        previous = tl.where(t + 1 < T, previous, h0)
-        previous = tl.where(reset, 0.0, previous)
+        previous = tl.where(reset, 0.0, tl.where(rows == T - 1 - t, h0, previous))
         dx, dx2, dy = _input_gradients(x, x2, y, previous, s, CELL, G)
-        mask = inside & lanes
-        _store(grad_gate, t, grad_gate_t, dx, mask)
+        inside = (rows < stop - t) & lanes
+        _store(grad_gate, t, rows, grad_gate_t, dx, inside)
         if gate2 is not None:
-            _store(grad_gate2, t, grad_gate2_t, dx2, mask)
-        _store(grad_value, t, grad_value_t, dy, mask)
-        first += STEPS
+            _store(grad_gate2, t, rows, grad_gate2_t, dx2, inside)
+        _store(grad_value, t, rows, grad_value_t, dy, inside)
+        t += STEPS
     if grad_initial is not None:
         if chunk == chunks - 1:
             tl.store(grad_initial + b * D + d, carry.to(grad_initial.dtype.element_ty), mask=lanes)
