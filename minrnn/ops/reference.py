@@ -15,13 +15,15 @@ def scan(cell: str, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tenso
     dtype = inputs[0].dtype
     compute = torch.promote_types(dtype, torch.float32)
     a, b = coefficients(cell, tuple(x.to(compute) for x in inputs))
-    B, T, D = b.shape
+    B, _, D = b.shape
     h = b.new_zeros(B, D) if h0 is None else h0.to(compute)
+    # unbind, not a[:, t]: the gradient of an index is a tensor as large as what was indexed
+    steps = list(zip(a.unbind(1), b.unbind(1), *(() if resets is None else (resets[..., None].unbind(1),)), strict=True))
     states = []
-    for t in reversed(range(T)) if reverse else range(T):
-        if resets is not None:
-            h = torch.where(resets[:, t, None], 0.0, h)
-        h = a[:, t] * h + b[:, t]
+    for a_t, b_t, *reset in reversed(steps) if reverse else steps:
+        if reset:
+            h = torch.where(reset[0], 0.0, h)
+        h = a_t * h + b_t
         states.append(h)
     if not states:
         return (b + h[:, None]).to(dtype)  # (B, 0, D), yet part of the graph

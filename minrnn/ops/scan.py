@@ -239,17 +239,14 @@ def _rows(x: Tensor | None) -> Tensor | None:
     return x.contiguous()
 
 
-@torch.library.custom_op("minrnn::scan", mutates_args=())
-def _scan_op(
-    cell: str,
-    x0: Tensor,
-    x1: Tensor | None,
-    x2: Tensor | None,
-    h0: Tensor | None,
-    resets: Tensor | None,
-    reverse: bool,
-    backend: str,
-) -> Tensor:
+# The schemas are written out because what torch infers from annotations differs between its versions.
+@torch.library.custom_op(
+    "minrnn::scan",
+    mutates_args=(),
+    schema="(str cell, Tensor x0, Tensor? x1, Tensor? x2, Tensor? h0, Tensor? resets, bool reverse, str backend)"
+    " -> Tensor",
+)
+def _scan_op(cell, x0, x1, x2, h0, resets, reverse, backend):
     inputs = tuple(_rows(x) for x in _present(x0, x1, x2))
     out = _empty_states(cell, inputs)
     if out.numel():
@@ -262,19 +259,13 @@ def _(cell, x0, x1, x2, h0, resets, reverse, backend):
     return _empty_states(cell, _present(x0, x1, x2), _empty_fake)
 
 
-@torch.library.custom_op("minrnn::scan_backward", mutates_args=())
-def _scan_backward_op(
-    cell: str,
-    grad: Tensor,
-    h: Tensor,
-    x0: Tensor,
-    x1: Tensor | None,
-    x2: Tensor | None,
-    h0: Tensor | None,
-    resets: Tensor | None,
-    reverse: bool,
-    backend: str,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "minrnn::scan_backward",
+    mutates_args=(),
+    schema="(str cell, Tensor grad, Tensor h, Tensor x0, Tensor? x1, Tensor? x2, Tensor? h0, Tensor? resets,"
+    " bool reverse, str backend) -> Tensor[]",
+)
+def _scan_backward_op(cell, grad, h, x0, x1, x2, h0, resets, reverse, backend):
     """The gradients of the inputs and, where there is one, of h0."""
     inputs = tuple(_rows(x) for x in _present(x0, x1, x2))
     grads = tuple(_empty_like(x, x.shape[2]) for x in inputs)
