@@ -131,6 +131,11 @@ def _activation(activation: str) -> str:
     return activation
 
 
+def is_autocast_enabled(device: torch.device) -> bool:
+    """False, not an error, on a device that has no autocast."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def _checked_scan(
     cell: str, inputs: dict[str, Tensor], h0: Tensor | None, resets: Tensor | None, backend: str
 ) -> Tensor:
@@ -144,7 +149,7 @@ def _checked_scan(
     if first.dim() != 3:
         raise ValueError(f"{first_name}: expected shape (B, T, D), got {tuple(first.shape)}")
     B, T, D = first.shape
-    if torch.is_autocast_enabled(first.device.type):  # as torch's own ops that mix dtypes do: the widest wins
+    if is_autocast_enabled(first.device):  # as torch's own ops that mix dtypes do: the widest wins
         dtype = first.dtype
         for x in floats.values():
             dtype = torch.promote_types(dtype, x.dtype)

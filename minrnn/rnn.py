@@ -1,0 +1,379 @@
+"""MinGRU and MinLSTM ("Were RNNs All We Needed?", arXiv 2410.01201) with torch.nn.GRU's constructor and shapes.
+
+B batch, T time, I input_size, H hidden_size, L num_layers, D directions (2 if bidirectional, else 1).
+"""
+
+import math
+import numbers
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .ops.cells import coefficients
+from .ops.scan import BACKENDS, is_autocast_enabled, scan
+
+# sigmoid(HOLD) is exactly 1 and sigmoid(-HOLD) exactly 0 in every dtype, and unlike inf it has no NaN derivative.
+HOLD = 1e4
+
+
+class _MinRNN(nn.Module):
+    """What the two layers share: everything but the cell."""
+
+    # One pre-activation for each block of H rows of weight_ih: together they carry the state over a step unchanged.
+    _hold: tuple[float, ...]
+
+    def __init__(
+        self, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
+        activation, backend,
+    ):  # fmt: skip
+        super().__init__()
+        for name, value in {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}.items():
+            if not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+            if value <= 0:
+                raise ValueError(f"{name}: expected a positive int, got {value}")
+        for name, value in {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+        if isinstance(dropout, bool) or not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout!r}")
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                "dropout acts between layers and not after the last, so it does nothing here: "
+                f"got dropout={dropout} and num_layers={num_layers}",
+                stacklevel=3,
+            )
+        if activation not in ("g", "identity"):
+            raise ValueError(f"activation: expected 'g' or 'identity', got {activation!r}")
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.activation = activation
+        self.backend = backend
+        rows = len(self._hold) * hidden_size
+        for layer in range(num_layers):
+            columns = input_size if layer == 0 else hidden_size * len(self._directions)
+            for direction in self._directions:
+                weight = nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
+                setattr(self, f"weight_ih_l{layer}{direction}", weight)
+                bias_ih = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+                if bias:
+                    setattr(self, f"bias_ih_l{layer}{direction}", bias_ih)
+
+    @property
+    def _cell(self) -> str:
+        """The name in `minrnn.ops.cells.CELLS`."""
+        raise NotImplementedError
+
+    @property
+    def _directions(self) -> tuple[str, ...]:
+        """The suffixes of the parameters' names, in the order of the output's features."""
+        return ("", "_reverse") if self.bidirectional else ("",)
+
+    def _parameters_of(self, layer: int, direction: str) -> tuple[Tensor, Tensor | None]:
+        bias = getattr(self, f"bias_ih_l{layer}{direction}") if self.bias else None
+        return getattr(self, f"weight_ih_l{layer}{direction}"), bias
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """[weight_ih, bias_ih] of every layer and direction, or [weight_ih] without a bias."""
+        every = (self._parameters_of(layer, d) for layer in range(self.num_layers) for d in self._directions)
+        return [[p for p in pair if p is not None] for pair in every]
+
+    def reset_parameters(self) -> None:
+        """torch.nn.Linear's default: uniform in ±1/sqrt(fan-in).
+
+        The gates look at the layer's input only, so the layer is a Linear followed by a scan. torch.nn.GRU's
+        ±1/sqrt(hidden_size) is the fan-in of the recurrent matrix, which is not here.
+        """
+        with torch.no_grad():
+            for weight, *bias in self.all_weights:
+                bound = 1 / math.sqrt(weight.shape[1])
+                for parameter in (weight, *bias):
+                    parameter.uniform_(-bound, bound)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing (each layer is one matrix already); here because programs written for torch.nn.GRU call it."""
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """The states of the last layer at every step, and the last state of every layer.
+
+        Args:
+            input: (T, B, I), or (B, T, I) with batch_first, or (T, I) unbatched, or a PackedSequence; the
+                parameters' dtype (any float dtype under autocast).
+            hx: (L * D, B, H), or (L * D, H) unbatched: the states before the first step of each direction, any
+                sign, the input's dtype; layer k's directions stand at k * D. For a PackedSequence in the order of
+                the sequences as they were before packing. None means zeros.
+
+        Returns:
+            out: the input's form with D * H features, forward then reverse. Contiguous.
+            h_n: hx's shape; the state after the last step of each direction (the reverse one's is at step 0).
+
+        Raises:
+            TypeError: an argument is not a tensor (a pair (h_0, c_0) included).
+            ValueError: the input is neither 2-D nor 3-D, or not of the parameters' dtype.
+            RuntimeError: any other shape, dtype or device does not fit, or T is 0.
+        """
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input: expected a tensor or a PackedSequence, got {type(input).__name__}")
+        if input.dim() not in (2, 3):
+            raise ValueError(f"input: expected 2 (unbatched) or 3 dimensions, got shape {tuple(input.shape)}")
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        x = input if batched else input.unsqueeze(batch_dim)
+        if x.shape[1 - batch_dim] == 0:
+            raise RuntimeError(f"input: expected at least one time step, got shape {tuple(input.shape)}")
+        self._check("input", "hx", input, hx, (x.shape[batch_dim],) if batched else (), len(self._directions))
+        if hx is not None and not batched:
+            hx = hx.unsqueeze(1)
+        out, h_n = self._layers(x, hx, self.batch_first)
+        return (out, h_n) if batched else (out.squeeze(batch_dim), h_n.squeeze(1))
+
+    def _forward_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
+        """Projects the packed rows and scans over (T, B) where every step past a sequence's end holds the state.
+
+        So both directions meet every sequence's own first and last step, whatever lies beside it.
+        """
+        x, batch_sizes, sorted_indices, unsorted_indices = packed
+        T, B, H = len(batch_sizes), int(batch_sizes[0]), self.hidden_size
+        if x.dim() != 2:
+            raise RuntimeError(f"input: expected packed rows (N, {self.input_size}), got shape {tuple(x.shape)}")
+        self._check("input", "hx", x, hx, (B,), len(self._directions))
+        if hx is not None and sorted_indices is not None:
+            hx = hx.index_select(1, sorted_indices)
+        # batch_sizes lies on the CPU, so this does not wait for an accelerator.
+        taken = (torch.arange(B) < batch_sizes[:, None]).flatten().nonzero().squeeze(1).to(x.device)
+
+        def unpack(rows: Tensor) -> Tensor:
+            hold = rows.new_tensor(self._hold).repeat_interleave(H).repeat(T * B, 1)
+            return hold.index_copy(0, taken, rows).view(T, B, -1)
+
+        def pack(h: Tensor) -> Tensor:
+            return h.reshape(T * B, H).index_select(0, taken)
+
+        out, h_n = self._layers(x, hx, False, unpack, pack)
+        if unsorted_indices is not None:
+            h_n = h_n.index_select(1, unsorted_indices)
+        return PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices), h_n
+
+    def _layers(
+        self,
+        x: Tensor,
+        hx: Tensor | None,
+        batch_first: bool,
+        unpack: Callable[[Tensor], Tensor] = lambda rows: rows,
+        pack: Callable[[Tensor], Tensor] = lambda h: h,
+    ) -> tuple[Tensor, Tensor]:
+        """All layers; x is (T, B, .), or (B, T, .) with batch_first, or what unpack brings there and pack back."""
+        last = []
+        for layer in range(self.num_layers):
+            if layer > 0:
+                x = F.dropout(x, self.dropout, self.training)
+            outs = []
+            for direction in self._directions:
+                reverse = direction == "_reverse"
+                projection = unpack(F.linear(x, *self._parameters_of(layer, direction)))
+                h0 = None if hx is None else hx[len(last)].to(projection.dtype)  # they differ under autocast only
+                # The scan reads any strides and writes in its input's order, so nothing moves here.
+                h = scan(
+                    self._cell,
+                    (projection if batch_first else projection.transpose(0, 1),),
+                    h0,
+                    None,
+                    reverse,
+                    self.backend,
+                )
+                last.append(h[:, 0 if reverse else -1])
+                outs.append(pack(h if batch_first else h.transpose(0, 1)))
+            x = torch.cat(outs, -1) if self.bidirectional else outs[0].contiguous()
+        return x, torch.stack(last)
+
+    def step(self, x_t: Tensor, h: Tensor | None = None) -> Tensor:
+        """One token. The layer's output for it is the last layer's new state, `h[-1]`.
+
+        Args:
+            x_t: (B, I), the parameters' dtype (any float dtype under autocast).
+            h: (L, B, H), the states before this token, x_t's dtype; None means zeros.
+
+        Returns:
+            (L, B, H), the states after it: the next call's h.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+            RuntimeError: a shape, dtype or device does not fit, or the layer is bidirectional.
+        """
+        if self.bidirectional:
+            raise RuntimeError("step: a bidirectional layer needs the whole sequence; call forward")
+        if not isinstance(x_t, Tensor):
+            raise TypeError(f"x_t: expected a tensor, got {type(x_t).__name__}")
+        if x_t.dim() != 2:
+            raise RuntimeError(f"x_t: expected shape (B, {self.input_size}), got {tuple(x_t.shape)}")
+        self._check("x_t", "h", x_t, h, (x_t.shape[0],), 1)
+        x, states = x_t, []
+        for layer in range(self.num_layers):
+            if layer > 0:
+                x = F.dropout(x, self.dropout, self.training)
+            projection = F.linear(x, *self._parameters_of(layer, ""))
+            wide = projection.to(torch.promote_types(projection.dtype, torch.float32))  # as the scan accumulates
+            a, b = coefficients(self._cell, wide.chunk(len(self._hold), -1))
+            x = (b if h is None else a * h[layer].to(wide.dtype) + b).to(projection.dtype)
+            states.append(x)
+        return torch.stack(states)
+
+    def _check(
+        self, input_name: str, state_name: str, x: Tensor, state: Tensor | None, batch: tuple[int, ...], D: int
+    ) -> None:
+        weight = self.weight_ih_l0
+        if x.shape[-1] != self.input_size:
+            raise RuntimeError(f"{input_name}: expected input_size={self.input_size} features, got {x.shape[-1]}")
+        if x.dtype != weight.dtype and not is_autocast_enabled(x.device):
+            raise ValueError(f"{input_name}: expected the parameters' dtype {weight.dtype}, got {x.dtype}")
+        if state is None:
+            return
+        if isinstance(state, tuple):
+            raise TypeError(
+                f"{state_name}: {type(self).__name__} carries one state, so it takes h_0 alone (and returns h_n "
+                "alone), got a tuple like torch.nn.LSTM's (h_0, c_0)"
+            )
+        if not isinstance(state, Tensor):
+            raise TypeError(f"{state_name}: expected a tensor, got {type(state).__name__}")
+        expected = (self.num_layers * D, *batch, self.hidden_size)
+        if state.shape != expected:
+            raise RuntimeError(f"{state_name}: expected shape {expected}, got {tuple(state.shape)}")
+        if state.dtype != x.dtype and not is_autocast_enabled(x.device):
+            raise RuntimeError(f"{state_name}: expected {input_name}'s dtype {x.dtype}, got {state.dtype}")
+        if state.device != x.device:
+            raise RuntimeError(f"{state_name}: expected {input_name}'s device {x.device}, got {state.device}")
+
+    def extra_repr(self) -> str:
+        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0, "bidirectional": False}
+        defaults |= {"activation": "g", "normalize_gates": True, "backend": "auto"}
+        changed = (f"{k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k, v) != v)
+        return ", ".join((str(self.input_size), str(self.hidden_size), *changed))
+
+
+class MinGRU(_MinRNN):
+    """minGRU in place of torch.nn.GRU: the same constructor, the same `out, h_n = rnn(input, hx)`.
+
+    arXiv 2410.01201, section 3.1, with the activation g of its appendix B:
+
+        h_t = (1 - z_t) * h_{t-1} + z_t * g(W_h x_t + b_h),   z_t = sigmoid(W_z x_t + b_z)
+
+    `weight_ih_l{k}` stacks (W_z, W_h) and is (2H, I), or (2H, D * H) for k > 0; `bias_ih_l{k}` is (2H,); the
+    other direction's end in `_reverse`. There is no weight_hh: gate and candidate look at x_t alone, which
+    makes the recurrence linear in h and parallel in time. All are initialised as torch.nn.Linear's.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in
+            torch.nn.GRU. Dropout acts between layers, not after the last, and only in training.
+        activation: of the candidate: "g" (x + 0.5 for x >= 0, else sigmoid(x)) or "identity" (section 3.1's own).
+        backend: of the scan, see `minrnn.ops.available_backends`; "auto" picks by device.
+
+    Raises:
+        TypeError: an argument of another type, or unknown (proj_size, nonlinearity: nothing to set here).
+        ValueError: a size below 1, a dropout outside [0, 1], an unknown activation or backend.
+    """
+
+    _hold = (-HOLD, 0.0)  # gate, candidate
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "g",
+        backend: str = "auto",
+    ):
+        super().__init__(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
+            activation, backend,
+        )  # fmt: skip
+        self.reset_parameters()
+
+    @property
+    def _cell(self) -> str:
+        return f"mingru_{self.activation}"
+
+
+class MinLSTM(_MinRNN):
+    """minLSTM with torch.nn.GRU's constructor and shapes: it has one state, h, and no cell state c.
+
+    arXiv 2410.01201, section 3.2, with the activation g of its appendix B:
+
+        h_t = f'_t * h_{t-1} + i'_t * g(W_h x_t + b_h),   f'_t = f_t / (f_t + i_t),   i'_t = i_t / (f_t + i_t),
+        f_t = sigmoid(W_f x_t + b_f),   i_t = sigmoid(W_i x_t + b_i)
+
+    `weight_ih_l{k}` stacks (W_f, W_i, W_h) and is (3H, I), or (3H, D * H) for k > 0; `bias_ih_l{k}` is (3H,); the
+    other direction's end in `_reverse`. There is no weight_hh: gates and candidate look at x_t alone, which
+    makes the recurrence linear in h and parallel in time. All are initialised as torch.nn.Linear's.
+
+    Args:
+        normalize_gates: False leaves f and i independent, as the authors' public code does by default.
+        forget_bias: added to b_f at initialisation, to forget slowly at first (the authors' code uses 3).
+
+        The others, and the errors, are those of `MinGRU`; forget_bias without a bias is a ValueError.
+    """
+
+    _hold = (HOLD, -HOLD, 0.0)  # forget gate, input gate, candidate
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "g",
+        normalize_gates: bool = True,
+        forget_bias: float = 0.0,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
+            activation, backend,
+        )  # fmt: skip
+        if not isinstance(normalize_gates, bool):
+            raise TypeError(f"normalize_gates: expected a bool, got {type(normalize_gates).__name__}")
+        if forget_bias and not bias:
+            raise ValueError(f"forget_bias: expected 0 where bias=False, got {forget_bias}")
+        self.normalize_gates = normalize_gates
+        self.forget_bias = forget_bias
+        self.reset_parameters()
+
+    @property
+    def _cell(self) -> str:
+        return f"minlstm_{'' if self.normalize_gates else 'unnormalized_'}{self.activation}"
+
+    def reset_parameters(self) -> None:
+        """torch.nn.Linear's default (see `MinGRU.reset_parameters`), and forget_bias added to b_f."""
+        super().reset_parameters()
+        with torch.no_grad():
+            for _, *bias in self.all_weights:
+                for b in bias:
+                    b[: self.hidden_size] += self.forget_bias
