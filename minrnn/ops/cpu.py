@@ -521,9 +521,7 @@ def _forward(cell, element, x0, x1, x2, h0, resets, out, T, b_start, b_stop, tog
                 else:
                     for j in range(blocks):
                         start = _block_start(j, width)
-                        _forward_block(
-                            cell, element, r0, r1, r2, r_out, start, carry, carry_start + j * LANES
-                        )
+                        _forward_block(cell, element, r0, r1, r2, r_out, start, carry, carry_start + j * LANES)
 
 
 @_jit
@@ -568,7 +566,7 @@ def _backward(
         b_last = min(b_first + together, b_stop)
         _clear_carry(element, carry, 0, (b_last - b_first) * blocks)
         for t in range(T - 1, -1, -1):
-            for b in range(b_first, b_last):
+            for b in range(b_last - 1, b_first - 1, -1):
                 carry_start = (b - b_first) * padded
                 reset = _reset_at(resets, b, t)
                 if reset or (t == 0 and h0[0] == 0):
@@ -587,9 +585,7 @@ def _backward(
                     _copy_row(element, r2, s2, width)
                     _copy_row(element, r_grad, s_grad, width)
                     _copy_row(element, previous, s_previous, width)
-                    _backward_block(
-                        cell, element, s0, s1, s2, s_previous, s_grad, v0, v1, v2, 0, carry, carry_start
-                    )
+                    _backward_block(cell, element, s0, s1, s2, s_previous, s_grad, v0, v1, v2, 0, carry, carry_start)
                     _copy_row(element, v0, w0, width)
                     _copy_row(element, v1, w1, width)
                     if w2 != 0:

@@ -18,7 +18,8 @@ def scan(cell: str, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tenso
     B, _, D = b.shape
     h = b.new_zeros(B, D) if h0 is None else h0.to(compute)
     # unbind, not a[:, t]: the gradient of an index is a tensor as large as what was indexed
-    steps = list(zip(a.unbind(1), b.unbind(1), *(() if resets is None else (resets[..., None].unbind(1),)), strict=True))
+    streams = (a, b) if resets is None else (a, b, resets[..., None])
+    steps = list(zip(*(x.unbind(1) for x in streams), strict=True))
     states = []
     for a_t, b_t, *reset in reversed(steps) if reverse else steps:
         if reset:

@@ -1,0 +1,177 @@
+"""The benchmark's tables from its records: `python -m benchmarks.tables`. Needs no torch.
+
+Reads results/bench/<device>.json; writes results/tables/bench_<part>_<device>.{md,csv} and renews the parts of
+README.md that stand between its `bench` marks.
+"""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+RESULTS, TABLES, README = Path("results/bench"), Path("results/tables"), Path("README.md")
+CELL_NAMES = {"mingru_g": "minGRU", "minlstm_g": "minLSTM", "linear": "linear"}
+
+
+def share(row: dict, part: str) -> float:
+    """Bytes that must move, over the copy bandwidth of the same run, over the time that was taken."""
+    B, T, D = row["shape"]
+    forward, backward = row["bytes_per_element"]
+    size = {"forward": forward, "backward": backward, "both": forward + backward}[part]
+    return B * T * D * size / row["copy_bandwidth"] / (row["minrnn"][part]["min_ms"] / 1e3)
+
+
+def ms(timing: dict) -> str:
+    return f"{timing['min_ms']:.3g} / {timing['median_ms']:.3g}"
+
+
+def peers_of(row: dict) -> list[str]:
+    return [name for name, value in row.items() if isinstance(value, dict) and name not in ("minrnn", "MinGRU")]
+
+
+def kernel_line(row: dict) -> str:
+    shares = ", ".join(f"{part} {share(row, part):.2f}" for part in ("forward", "backward", "both"))
+    ours = row["minrnn"]["both"]
+    line = f"{CELL_NAMES[row['cell']]} {shape(row['shape'])} {row['dtype']}: {ms(ours)} ms, of copy: {shares}"
+    for name in peers_of(row):
+        line += f"; {name} " + (row[name].get("failed") or f"{speedup(row[name]['both'], ours):.1f} x")
+    return line
+
+
+def layer_line(row: dict) -> str:
+    ours = row["MinGRU"]
+    peers = ", ".join(f"{name} {ms(row[name])} ({speedup(row[name], ours):.1f}x)" for name in peers_of(row))
+    return f"{tuple(row['shape'])} {row['dtype']}: MinGRU {ms(ours)} ms; {peers}"
+
+
+def precision_line(rows: list[dict]) -> str:
+    return f"T={rows[0]['T']}: " + ", ".join(f"{r['dtype']} {r['backend']} {r['error']:.1e}" for r in rows)
+
+
+def speedup(slow: dict, fast: dict) -> float:
+    return slow["min_ms"] / fast["min_ms"]
+
+
+def shape(values) -> str:
+    return "(" + ", ".join(map(str, values)) + ")"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def kernel_table(rows: list[dict]) -> str:
+    header = ["scan", "(B, T, D)", "dtype", "forward, ms", "backward, ms", "both, ms", "of the copy limit: forward"]
+    header += ["backward", "both", "log-space takes"]
+    names = sorted({name for row in rows for name in peers_of(row)} - {"log-space"})
+    body = []
+    for row in rows:
+        times = row["minrnn"]
+        cells = [CELL_NAMES[row["cell"]], shape(row["shape"]), row["dtype"], *(ms(times[p]) for p in times)]
+        cells += [f"{share(row, p):.2f}" for p in times]
+        for name in ("log-space", *names):
+            peer = row.get(name)
+            cells.append("" if peer is None else peer.get("failed") or f"{speedup(peer['both'], times['both']):.1f} x")
+        body.append(cells)
+    return markdown(header + [f"{name} takes" for name in names], body)
+
+
+def layer_table(rows: list[dict]) -> str:
+    names = [name for name in rows[0] if isinstance(rows[0][name], dict)]
+    names += [n for row in rows for n in row if isinstance(row[n], dict) and n not in names]
+    names = list(dict.fromkeys(names))
+    body = []
+    for row in rows:
+        cells = [shape(row["shape"]), row["dtype"]]
+        for name in names:
+            if name not in row:
+                cells.append("")
+                continue
+            cells.append(ms(row[name]))
+            if name != "MinGRU":
+                cells[-1] += f" ({speedup(row[name], row['MinGRU']):.1f} x)"
+            if "peak_bytes" in row[name]:
+                cells[-1] += f", {row[name]['peak_bytes'] / 2**20:.0f} MiB"
+        body.append(cells)
+    return markdown(["(B, T, input, hidden)", "dtype", *names], body)
+
+
+def precision_table(rows: list[dict]) -> str:
+    kinds = [("float32", "log"), ("float32", "auto"), ("bfloat16", "log"), ("bfloat16", "auto")]
+    found = {(r["T"], r["dtype"], r["backend"]): r["error"] for r in rows}
+    body = [[str(T), *(f"{found[(T, *kind)]:.1e}" for kind in kinds)] for T in sorted({r["T"] for r in rows})]
+    names = {"log": "log-space (the paper's)", "auto": "minrnn"}
+    return markdown(["T", *(f"{dtype}, {names[backend]}" for dtype, backend in kinds)], body)
+
+
+def long_rows(part: str, rows: list[dict]):
+    """One line a number: row, column, metric, value."""
+    for row in rows:
+        if part == "precision":
+            for metric in ("error", "worst"):
+                yield f"T={row['T']}", f"{row['dtype']} {row['backend']}", f"relative {metric}", row[metric]
+            continue
+        key = f"{row.get('cell', 'layer')} {shape(row['shape'])} {row['dtype']}"
+        for name, value in row.items():
+            if not isinstance(value, dict):
+                continue
+            timings = {"both": value} if part == "layers" else value
+            for phase, timing in timings.items():
+                if phase == "failed":
+                    yield key, name, "failed", timing
+                    continue
+                for metric, number in timing.items():
+                    yield key, name, f"{phase} {metric}", number
+        if part == "kernels":
+            for phase in row["minrnn"]:
+                yield key, "minrnn", f"{phase} share of copy limit", share(row, phase)
+            yield key, "copy", "bytes per second", row["copy_bandwidth"]
+
+
+def machine(part: dict) -> str:
+    h = part["hardware"]
+    gpu = f"{h['gpu']}, CUDA {h['cuda']}, triton {h['triton']}, " if "gpu" in h else ""
+    state = "" if part["clean"] else " with uncommitted changes"
+    return (
+        f"{gpu}{h['cpu']}, {h['cores']} cores ({h['vector']}), Python {h['python']}, torch {h['torch']}, "
+        f"numba {h['numba']}; commit {(part['commit'] or 'unknown')[:10]}{state}"
+    )
+
+
+CAPTIONS = {
+    "kernels": "Scans through autograd, minimum / median of several runs. The copy limit is the fewest bytes the scan "
+    "must move over the bandwidth of a warm copy measured in the same run ({bandwidth:.1f} GB/s).",
+    "layers": "One layer, forward + backward to the parameters, ms, minimum / median; in brackets the ratio to MinGRU.",
+    "precision": "Relative error of minGRU's states against the float64 loop (normal pre-activations, 64 channels).",
+}
+TABLE = {"kernels": kernel_table, "layers": layer_table, "precision": precision_table}
+
+
+def main() -> None:
+    TABLES.mkdir(parents=True, exist_ok=True)
+    for path in sorted(RESULTS.glob("*.json")):
+        device, results = path.stem, json.loads(path.read_text())
+        for part, content in results.items():
+            rows = content["rows"]
+            caption = CAPTIONS[part].format(bandwidth=rows[0].get("copy_bandwidth", 0) / 1e9)
+            text = f"{caption} {machine(content)}.\n\n{TABLE[part](rows)}"
+            (TABLES / f"bench_{part}_{device}.md").write_text(text)
+            with (TABLES / f"bench_{part}_{device}.csv").open("w", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(["row", "column", "metric", "value"])
+                writer.writerows(long_rows(part, rows))
+            renew_readme(f"{part}_{device}", text)
+    print(f"tables: {TABLES}/bench_*")
+
+
+def renew_readme(name: str, text: str) -> None:
+    """Replaces what stands between the two marks of this name; README shows float32 only, to stay readable."""
+    mark = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
+    shown = "\n".join(line for line in text.splitlines() if "bfloat16 |" not in line or "log-space (the" in line)
+    old = README.read_text()
+    README.write_text(mark.sub(lambda m: m[1] + shown + "\n" + m[2], old))
+
+
+if __name__ == "__main__":
+    main()
