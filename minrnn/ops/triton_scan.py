@@ -37,11 +37,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_D = 32  # one warp: a lane per channel
-FORWARD_STEPS = 16  # steps per tile, the most that leaves registers for 12 warps on every SM
-BACKWARD_STEPS = 8
-CARRY_CHUNKS = 32
-WARPS_PER_SM = 16  # what a split aims at
+BLOCK_D = 32  # a lane per channel, one warp per program
+LAUNCH = {"BLOCK_D": BLOCK_D, "num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
+# Steps per tile, powers of two. At these no kernel spills registers on sm_75, 80 and 90, and those of a minGRU leave
+# room for 12 warps or more per SM; with 8 steps the backward one takes up to 228 registers a thread.
+FORWARD_STEPS = 16
+BACKWARD_STEPS = 4
+CARRY_CHUNKS = 16
+# Time is split where there are fewer warps than MIN_WARPS_PER_SM, into as many as make WARPS_PER_SM.
+MIN_WARPS_PER_SM = 2
+WARPS_PER_SM = 16
 MIN_SPLIT_STEPS = 1024
 MIN_CHUNK_STEPS = 128
 
@@ -57,9 +62,15 @@ def _generic_jit(kernel):
 
 
 @triton.jit
+def _decay(x):
+    """exp(-|x|). In base 2, where the hardware needs one instruction and Triton adds none for subnormals."""
+    return tl.exp2(tl.abs(x) * -1.4426950408889634)
+
+
+@triton.jit
 def _sigmoids(x):
     """sigmoid(x), sigmoid(-x), both without cancellation or overflow."""
-    e = tl.exp(-tl.abs(x))
+    e = _decay(x)
     r = 1 / (1 + e)
     return tl.where(x >= 0, r, e * r), tl.where(x >= 0, e * r, r)
 
@@ -68,7 +79,7 @@ def _sigmoids(x):
 def _activate(x, G: tl.constexpr):
     """The candidate and its derivative by x."""
     if G:
-        e = tl.exp(-tl.abs(x))
+        e = _decay(x)
         r = 1 / (1 + e)
         return tl.where(x >= 0, x + 0.5, e * r), tl.where(x >= 0, 1.0, e * r * r)
     else:
@@ -78,10 +89,10 @@ def _activate(x, G: tl.constexpr):
 @triton.jit
 def _normalized(f, i):
     """sigmoid(f) and sigmoid(i) divided by their sum, defined also where both underflow."""
-    ef = tl.exp(-tl.abs(f))
-    ei = tl.exp(-tl.abs(i))
+    ef = _decay(f)
+    ei = _decay(i)
     delta = tl.where(f > 0, 0.0, f) - tl.where(i > 0, 0.0, i)
-    e = tl.exp(-tl.abs(delta))
+    e = _decay(delta)
     f_share = tl.where(delta < 0, e, 1.0) * (1 + ei)
     i_share = tl.where(delta < 0, 1.0, e) * (1 + ef)
     r = 1 / (f_share + i_share)
@@ -117,15 +128,16 @@ def _input_gradients(gate, gate2, value, previous, s, CELL: tl.constexpr, G: tl.
     """Gradients of gate, gate2 (itself unused where there is none) and value, from s, the gradient of h_t."""
     a, take = _gates(gate, gate2, CELL)
     candidate, slope = _activate(value, G)
+    # Not s * (candidate - previous): where s is infinite the loop's two terms have no difference.
     if CELL == "linear":
         return s * previous, s, s
     elif CELL == "mingru":
-        grad_gate = a * take * (s * (candidate - previous))
+        grad_gate = a * take * (s * candidate - s * previous)
         return grad_gate, grad_gate, s * take * slope
     elif CELL == "minlstm":
         _, not_f = _sigmoids(gate)
         _, not_i = _sigmoids(gate2)
-        grad_balance = a * take * (s * (previous - candidate))
+        grad_balance = a * take * (s * previous - s * candidate)
         return grad_balance * not_f, -grad_balance * not_i, s * take * slope
     else:
         _, not_f = _sigmoids(gate)
@@ -155,19 +167,29 @@ def _last(x, rows, STEPS: tl.constexpr):
 @triton.jit
 def _load(pointer, t, rows, stride, mask, other):
     """Steps t + rows. Offsets in two parts, so that a tile's addresses cost one addition each."""
-    return tl.load(pointer + t * stride + rows * stride, mask=mask, other=other)
+    return tl.load(pointer + t * stride + rows.to(tl.int64) * stride, mask=mask, other=other)
 
 
 @triton.jit
 def _store(pointer, t, rows, stride, x, mask):
-    tl.store(pointer + t * stride + rows * stride, x.to(pointer.dtype.element_ty), mask=mask)
+    tl.store(pointer + t * stride + rows.to(tl.int64) * stride, x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _nothing(d, stride):
+    """Offsets of a stride that is zero, so that all lanes read a step's one reset.
+
+    The hint is untrue, and harmless as no alignment is known that would allow wider reads. Without it Triton 3.6
+    lays this tile out along time, and the scan no longer stays within a thread.
+    """
+    return tl.max_contiguous(d * stride, (1, d.shape[1]))
 
 
 @triton.jit
 def _load_inputs(gate, gate2, value, resets, t, rows, mask, gate_t, gate2_t, value_t, resets_t, CELL: tl.constexpr):
     """A tile of each, as stored; outside of the mask inputs that give a = 1, b = 0. What is absent costs nothing."""
     if CELL == "linear":
-        gate_tile = _load(gate, t, rows, gate_t, mask, 1)
+        gate_tile = _load(gate, t, rows, gate_t, mask, 1.0)
     elif CELL == "mingru":
         gate_tile = _load(gate, t, rows, gate_t, mask, float("-inf"))
     else:
@@ -194,31 +216,35 @@ def _walk(
     The pointers are (1, BLOCK_D), at step 0. States are stored where `out` is given. ADJOINT: value is the
     gradient of the states, and the walk is the one of the backward pass, c_t = a_t (c_{t-1} + value_t).
     """
-    rows = tl.arange(0, STEPS)[:, None].to(tl.int64)
+    rows = tl.arange(0, STEPS)[:, None]
     product = tl.full(h.shape, 1.0, h.dtype)
     gate_next, gate2_next, value_next, reset_next = _load_inputs(
-        gate, gate2, value, resets, start, rows, (rows < stop - start) & lanes,
+        gate, gate2, value, resets, start, rows, (rows < (stop - start).to(tl.int32)) & lanes,
         gate_t, gate2_t, value_t, resets_t, CELL,
     )  # fmt: skip
     t = start
     while t < stop:
         gate_tile, gate2_tile, value_tile, reset = gate_next, gate2_next, value_next, reset_next
         gate_next, gate2_next, value_next, reset_next = _load_inputs(
-            gate, gate2, value, resets, t + STEPS, rows, (rows < stop - t - STEPS) & lanes,
+            gate, gate2, value, resets, t + STEPS, rows, (rows < (stop - t - STEPS).to(tl.int32)) & lanes,
             gate_t, gate2_t, value_t, resets_t, CELL,
         )  # fmt: skip
         x, x2, y = gate_tile.to(h.dtype), gate2_tile.to(h.dtype), value_tile.to(h.dtype)
         if ADJOINT:
             a, _ = _gates(x, x2, CELL)
-            b = tl.where(reset, 0.0, a * y)
+            products, states, a, reset = tl.associative_scan(
+                (tl.full(a.shape, 1.0, h.dtype), tl.where(rows == 0, y + h, y), a, reset), 0, _then_gradient
+            )
+            products = tl.where(reset, 0.0, a * products)
+            states = tl.where(reset, 0.0, a * states)
         else:
             a, b = _coefficients(x, x2, y, CELL, G)
             b = tl.where(reset, a * 0 + b, b)  # what the loop computes: NaN where a is not finite
-        a = tl.where(reset, 0.0, a)
-        b = tl.where((rows == 0) & (reset == 0), a * h + b, b)
-        products, states, _ = tl.associative_scan((a, b, reset), 0, _then)
+            a = tl.where(reset, 0.0, a)
+            b = tl.where((rows == 0) & (reset == 0), a * h + b, b)
+            products, states, _ = tl.associative_scan((a, b, reset), 0, _then)
         if out is not None:
-            _store(out, t, rows, out_t, states, (rows < stop - t) & lanes)
+            _store(out, t, rows, out_t, states, (rows < (stop - t).to(tl.int32)) & lanes)
         h = _last(states, rows, STEPS)
         product *= _last(products, rows, STEPS)
         t += STEPS
@@ -228,10 +254,10 @@ def _walk(
 @_generic_jit
 def _scan_kernel(
     gate, gate2, value, resets, initial, out, products, ends,
-    T: tl.int64, D: tl.int64, chunk_steps: tl.int64, chunks: tl.int64,
+    T: tl.int32, D: tl.int64, chunk_steps: tl.int32, chunks: tl.int32,
     gate_b: tl.int64, gate_t: tl.int64, gate2_b: tl.int64, gate2_t: tl.int64, value_b: tl.int64, value_t: tl.int64,
-    resets_b: tl.int64, resets_t: tl.int64, initial_b: tl.int64, initial_c: tl.int64, out_b: tl.int64,
-    out_t: tl.int64,
+    resets_b: tl.int64, resets_t: tl.int64, resets_d: tl.int64, initial_b: tl.int64, initial_c: tl.int64,
+    out_b: tl.int64, out_t: tl.int64,
     CELL: tl.constexpr, G: tl.constexpr, ADJOINT: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -245,13 +271,13 @@ def _scan_kernel(
         h = tl.zeros((1, BLOCK_D), ACC)
     else:
         h = tl.load(initial + b * initial_b + chunk * initial_c + d, mask=lanes, other=0).to(ACC)
-    start = chunk * chunk_steps
+    start = chunk.to(tl.int64) * chunk_steps
     stop = tl.minimum(start + chunk_steps, T)
     h, product = _walk(
         gate + b * gate_b + d,
         None if gate2 is None else gate2 + b * gate2_b + d,
         value + b * value_b + d,
-        None if resets is None else resets + b * resets_b + d * 0,
+        None if resets is None else resets + b * resets_b + _nothing(d, resets_d),
         None if out is None else out + b * out_b + d,
         h, start, stop, lanes, gate_t, gate2_t, value_t, resets_t, out_t, CELL, G, ADJOINT, STEPS,
     )  # fmt: skip
@@ -263,9 +289,9 @@ def _scan_kernel(
 @_generic_jit
 def _carry_kernel(
     gate, gate2, value, resets, initial, products, ends, entering,
-    T: tl.int64, D: tl.int64, chunk_steps: tl.int64, chunks: tl.int64,
+    T: tl.int32, D: tl.int64, chunk_steps: tl.int32, chunks: tl.int32,
     gate_b: tl.int64, gate_t: tl.int64, gate2_b: tl.int64, gate2_t: tl.int64, value_b: tl.int64, value_t: tl.int64,
-    resets_b: tl.int64, resets_t: tl.int64, initial_b: tl.int64,
+    resets_b: tl.int64, resets_t: tl.int64, resets_d: tl.int64, initial_b: tl.int64,
     CELL: tl.constexpr, G: tl.constexpr, ADJOINT: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -304,11 +330,11 @@ def _carry_kernel(
                 chunk_start = k * chunk_steps
                 jumped = tl.load(products + summary, mask=lanes, other=1) * h
                 jumped += tl.load(ends + summary, mask=lanes, other=0)
-                walked, walked_product = _walk(
+                walked, _product = _walk(
                     gate + b * gate_b + d,
                     None if gate2 is None else gate2 + b * gate2_b + d,
                     value + b * value_b + d,
-                    None if resets is None else resets + b * resets_b + d * 0,
+                    None if resets is None else resets + b * resets_b + _nothing(d, resets_d),
                     None,
                     h, chunk_start, tl.minimum(chunk_start + chunk_steps, T), lanes,
                     gate_t, gate2_t, value_t, resets_t, 0, CELL, G, ADJOINT, STEPS,
@@ -322,11 +348,11 @@ def _carry_kernel(
 @_generic_jit
 def _gradient_kernel(
     gate, gate2, value, resets, initial, states, grad, entering, grad_gate, grad_gate2, grad_value, grad_initial,
-    T: tl.int64, D: tl.int64, chunk_steps: tl.int64, chunks: tl.int64,
+    T: tl.int32, D: tl.int64, chunk_steps: tl.int32, chunks: tl.int32,
     gate_b: tl.int64, gate_t: tl.int64, gate2_b: tl.int64, gate2_t: tl.int64, value_b: tl.int64, value_t: tl.int64,
-    resets_b: tl.int64, resets_t: tl.int64, initial_b: tl.int64, states_b: tl.int64, states_t: tl.int64,
-    grad_b: tl.int64, grad_t: tl.int64, grad_gate_b: tl.int64, grad_gate_t: tl.int64, grad_gate2_b: tl.int64,
-    grad_gate2_t: tl.int64, grad_value_b: tl.int64, grad_value_t: tl.int64,
+    resets_b: tl.int64, resets_t: tl.int64, resets_d: tl.int64, initial_b: tl.int64, states_b: tl.int64,
+    states_t: tl.int64, grad_b: tl.int64, grad_t: tl.int64, grad_gate_b: tl.int64, grad_gate_t: tl.int64,
+    grad_gate2_b: tl.int64, grad_gate2_t: tl.int64, grad_value_b: tl.int64, grad_value_t: tl.int64,
     CELL: tl.constexpr, G: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk. Step 0 is the last in the forward order, so the previous state stands at t + 1."""
@@ -345,42 +371,42 @@ def _gradient_kernel(
         gate2 += b * gate2_b + d
         grad_gate2 += b * grad_gate2_b + d
     if resets is not None:
-        resets += b * resets_b + d * 0
+        resets += b * resets_b + _nothing(d, resets_d)
     h0 = tl.zeros((1, BLOCK_D), ACC)
     if initial is not None:
         h0 = tl.load(initial + b * initial_b + d, mask=lanes, other=0).to(ACC)
     carry = tl.zeros((1, BLOCK_D), ACC)
     if entering is not None:
         carry = tl.load(entering + row * D + d, mask=lanes, other=0)
-    start = chunk * chunk_steps
+    start = chunk.to(tl.int64) * chunk_steps
     stop = tl.minimum(start + chunk_steps, T)
 
-    rows = tl.arange(0, STEPS)[:, None].to(tl.int64)
-    mask = (rows < stop - start) & lanes
+    rows = tl.arange(0, STEPS)[:, None]
+    mask = (rows < (stop - start).to(tl.int32)) & lanes
     gate_next, gate2_next, value_next, reset_next = _load_inputs(
         gate, gate2, value, resets, start, rows, mask, gate_t, gate2_t, value_t, resets_t, CELL
     )
     grad_next = _load(grad, start, rows, grad_t, mask, 0)
-    previous_next = _load(states, start + 1, rows, states_t, mask & (rows < T - 1 - start), 0)
+    previous_next = _load(states, start + 1, rows, states_t, mask & (rows < (T - 1 - start).to(tl.int32)), 0)
     t = start
     while t < stop:
         gate_tile, gate2_tile, value_tile, reset = gate_next, gate2_next, value_next, reset_next
         s, previous = grad_next.to(ACC), previous_next.to(ACC)
         ahead = t + STEPS
-        mask = (rows < stop - ahead) & lanes
+        mask = (rows < (stop - ahead).to(tl.int32)) & lanes
         gate_next, gate2_next, value_next, reset_next = _load_inputs(
             gate, gate2, value, resets, ahead, rows, mask, gate_t, gate2_t, value_t, resets_t, CELL
         )
         grad_next = _load(grad, ahead, rows, grad_t, mask, 0)
-        previous_next = _load(states, ahead + 1, rows, states_t, mask & (rows < T - 1 - ahead), 0)
+        previous_next = _load(states, ahead + 1, rows, states_t, mask & (rows < (T - 1 - ahead).to(tl.int32)), 0)
         x, x2, y = gate_tile.to(ACC), gate2_tile.to(ACC), value_tile.to(ACC)
         a, _ = _gates(x, x2, CELL)
         s = tl.where(rows == 0, s + carry, s)
         _, s, a, reset = tl.associative_scan((tl.full(s.shape, 1.0, ACC), s, a, reset), 0, _then_gradient)
         carry = _last(tl.where(reset, 0.0, a * s), rows, STEPS)
-        previous = tl.where(reset, 0.0, tl.where(rows == T - 1 - t, h0, previous))
+        previous = tl.where(reset, 0.0, tl.where(rows == (T - 1 - t).to(tl.int32), h0, previous))
         dx, dx2, dy = _input_gradients(x, x2, y, previous, s, CELL, G)
-        inside = (rows < stop - t) & lanes
+        inside = (rows < (stop - t).to(tl.int32)) & lanes
         _store(grad_gate, t, rows, grad_gate_t, dx, inside)
         if gate2 is not None:
             _store(grad_gate2, t, rows, grad_gate2_t, dx2, inside)
@@ -411,7 +437,7 @@ def forward(
         ends=None,
         **_extent(T, D, chunk_steps, triton.cdiv(T, chunk_steps)),
         ADJOINT=False,
-        STEPS=FORWARD_STEPS,
+        STEPS=_steps(FORWARD_STEPS, out.dtype),
     )
 
 
@@ -450,7 +476,7 @@ def backward(
         entering=entering,
         grad_initial=grad_h0,
         **_extent(T, D, chunk_steps, triton.cdiv(T, chunk_steps)),
-        STEPS=BACKWARD_STEPS,
+        STEPS=_steps(BACKWARD_STEPS, h.dtype),
     )
 
 
@@ -459,17 +485,33 @@ def _entering(
 ) -> Tensor:
     """The state (gradient) entering every chunk, (B, chunks, D) in the type of accumulation."""
     chunks = triton.cdiv(T, chunk_steps)
-    options = {"dtype": arguments["gate"].dtype, "device": arguments["gate"].device}
-    options["dtype"] = torch.promote_types(options["dtype"], torch.float32)
+    gate = arguments["gate"]
+    options = {"dtype": torch.promote_types(gate.dtype, torch.float32), "device": gate.device}
     products, ends = torch.empty(2, B, chunks - 1, D, **options)  # nothing follows the last chunk
     entering = torch.empty(B, chunks, D, **options)
     shared = arguments | _extent(T, D, chunk_steps, chunks - 1)
-    shared |= {"products": products, "ends": ends, "ADJOINT": adjoint, "STEPS": FORWARD_STEPS}
+    shared |= {"products": products, "ends": ends, "ADJOINT": adjoint}
     blocks = triton.cdiv(D, BLOCK_D)
-    nothing = {"initial": None, "initial_b": 0, "initial_c": 0} | _view("out", None)
-    _launch(_scan_kernel, B * (chunks - 1) * blocks, **shared, **nothing)
-    initial = {"initial": h0, "initial_b": 0 if h0 is None else h0.stride(0)}
-    _launch(_carry_kernel, B * blocks, **shared, **initial, entering=entering, CHUNKS=CARRY_CHUNKS)
+    _launch(
+        _scan_kernel,
+        B * (chunks - 1) * blocks,
+        **shared,
+        **_view("out", None),
+        initial=None,
+        initial_b=0,
+        initial_c=0,
+        STEPS=_steps(FORWARD_STEPS, gate.dtype),
+    )
+    _launch(
+        _carry_kernel,
+        B * blocks,
+        **shared,
+        initial=h0,
+        initial_b=0 if h0 is None else h0.stride(0),
+        entering=entering,
+        CHUNKS=CARRY_CHUNKS,
+        STEPS=_steps(BACKWARD_STEPS, gate.dtype),  # it walks rarely: small rather than fast
+    )
     return entering
 
 
@@ -479,10 +521,15 @@ def _chunk_steps(B: int, T: int, D: int, device: torch.device) -> int:
         return T
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     programs = B * triton.cdiv(D, BLOCK_D)
-    if programs >= 2 * multiprocessors:
+    if programs >= MIN_WARPS_PER_SM * multiprocessors:
         return T
     chunks = triton.cdiv(WARPS_PER_SM * multiprocessors, programs)
     return max(MIN_CHUNK_STEPS, triton.cdiv(triton.cdiv(T, chunks), FORWARD_STEPS) * FORWARD_STEPS)
+
+
+def _steps(steps: int, dtype: torch.dtype) -> int:
+    """A number takes two registers in float64, and its exponential many more."""
+    return max(2, steps // 4) if dtype == torch.float64 else steps
 
 
 def _cell(cell: str, dtype: torch.dtype) -> dict:
@@ -495,7 +542,7 @@ def _inputs(inputs: tuple[Tensor, ...], resets: Tensor | None, flip: bool) -> di
     gate, gate2 = (*gates, None)[:2]
     resets = None if resets is None else resets.view(torch.uint8)
     named = {"gate": gate, "gate2": gate2, "value": value, "resets": resets}
-    return {k: v for name, x in named.items() for k, v in _view(name, x, flip).items()}
+    return {"resets_d": 0} | {k: v for name, x in named.items() for k, v in _view(name, x, flip).items()}
 
 
 def _view(name: str, x: Tensor | None, flip: bool = False) -> dict:
@@ -512,4 +559,4 @@ def _extent(T: int, D: int, chunk_steps: int, chunks: int) -> dict:
 
 def _launch(kernel, programs: int, **arguments) -> None:
     with torch.cuda.device_of(arguments["gate"]):
-        kernel[(programs,)](**arguments, BLOCK_D=BLOCK_D, num_warps=BLOCK_D // 32, num_stages=1, enable_fp_fusion=True)
+        kernel[(programs,)](**arguments, **LAUNCH)
