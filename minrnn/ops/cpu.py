@@ -19,7 +19,7 @@ on timing.
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -44,8 +44,11 @@ MIN_PIECE = 1 << 12
 CARRY_ELEMENTS = 1 << 12
 
 # "contract" allows fused multiply-add; nothing that would reorder sums or assume NaN away.
-_jit = njit(nogil=True, error_model="numpy", fastmath={"contract"})
-_cached_jit = njit(nogil=True, error_model="numpy", fastmath={"contract"}, cache=True)
+_OPTIONS = dict(nogil=True, error_model="numpy", fastmath={"contract"})
+_cached_jit = njit(cache=True, **_OPTIONS)
+# A call left in an inner loop would keep the compiler from vectorising it.
+_jit = njit(forceinline=True, **_OPTIONS)
+_overload = partial(overload, jit_options=dict(forceinline=True, **_OPTIONS))
 
 
 # --- element types ---------------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ def _bounded_exp(x):
     raise NotImplementedError("compiled only")
 
 
-@overload(_bounded_exp)
+@_overload(_bounded_exp)
 def _(x):
     if x == types.float64:
         inverse_ln2, round_shift = 1 / math.log(2), 1.5 * 2**52
@@ -196,7 +199,7 @@ def _lower_bound(x):
     raise NotImplementedError("compiled only")
 
 
-@overload(_lower_bound)
+@_overload(_lower_bound)
 def _(x):
     bound = -709.0 if x == types.float64 else np.float32(-88)
     return lambda x: bound
@@ -222,7 +225,7 @@ def _like(x, value):
     raise NotImplementedError("compiled only")
 
 
-@overload(_like)
+@_overload(_like)
 def _(x, value):
     """The constant in x's type: a Python number would widen float32 to float64."""
     if x == types.float64:
@@ -348,7 +351,7 @@ def _gradients(cell, x0, x1, x2, s, previous):
     raise NotImplementedError("compiled only")
 
 
-@overload(_coefficients)
+@_overload(_coefficients)
 def _(cell, x0, x1, x2):
     tag = cell.instance_class
     if tag is _Linear:
@@ -387,7 +390,7 @@ def _unnormalized_gates(forget_gate, input_gate):
     return f, forget_slope, i, input_slope
 
 
-@overload(_gradients)
+@_overload(_gradients)
 def _(cell, x0, x1, x2, s, previous):
     tag = cell.instance_class
     if tag is _Linear:
@@ -459,7 +462,7 @@ def _zero(element):
     raise NotImplementedError("compiled only")
 
 
-@overload(_zero)
+@_overload(_zero)
 def _(element):
     """Zero in the compute type."""
     zero = np.float64(0) if element == types.float64 else np.float32(0)
@@ -547,7 +550,7 @@ def _store_third(cell, element, address, index, value):
     raise NotImplementedError("compiled only")
 
 
-@overload(_store_third)
+@_overload(_store_third)
 def _(cell, element, address, index, value):
     if cell.instance_class in (_Linear, _MinGRU, _MinGRUIdentity):
         return lambda cell, element, address, index, value: None
