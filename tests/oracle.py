@@ -27,13 +27,18 @@ def evaluate(cell, inputs, h0, resets, reverse, backend, weight):
     return {"h": h.detach()} | dict(zip(names, grads, strict=False))
 
 
-def assert_matches_float64(cell, inputs, h0=None, resets=None, reverse=False, backend="cpu", tolerance=None):
+def assert_matches_float64(
+    cell, inputs, h0=None, resets=None, reverse=False, backend="cpu", tolerance=None, weight=None
+):
     """Runs `backend` and the float64 reference on the same numbers; relative error in the Frobenius norm.
+
+    `weight` is the gradient of the states (drawn where it is not given).
 
     Where the reference is NaN or infinite, the result must be so too, with the same sign; those elements are
     left out of the norm.
     """
-    weight = torch.randn(inputs[0].shape[0], inputs[0].shape[1], _width(cell, inputs)).to(inputs[0])
+    if weight is None:
+        weight = torch.randn(*inputs[0].shape[:2], _width(cell, inputs)).to(inputs[0])
     got = evaluate(cell, inputs, h0, resets, reverse, backend, weight)
     wide = [x.double().cpu() for x in inputs]
     expected = evaluate(

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from minrnn.ops import available_backends, linear_scan, mingru_scan, minlstm_scan
 from minrnn.ops.cells import CELLS
 from minrnn.ops.scan import scan
-
-from .oracle import assert_matches_float64, draw, evaluate
+from tests.oracle import assert_matches_float64, draw, evaluate
 
 CUDA = torch.cuda.is_available()
 DEVICE = {"cpu": "cpu", "triton": "cuda" if CUDA else "cpu"}

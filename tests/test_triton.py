@@ -20,37 +20,10 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from minrnn.ops import triton_scan  # noqa: E402
 from minrnn.ops.cells import CELLS  # noqa: E402
 from minrnn.ops.scan import scan  # noqa: E402
+from tests.oracle import assert_matches_float64, evaluate  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: too large for the interpreter")
-
-
-@pytest.fixture(autouse=True)
-def fast_interpreter(monkeypatch):
-    """The interpreter's scan combines element by element, 0.1 ms each. By whole rows it is the same, and faster."""
-    if DEVICE == "cuda":
-        yield
-        return
-    import numpy as np
-    from triton.runtime.interpreter import ScanOps
-
-    def generic_scan(self, inputs):
-        assert self.axis == 0
-        outputs = [np.empty_like(x.handle.data) for x in inputs]
-        previous = ()
-        for i in range(len(outputs[0])):
-            row = tuple(self.to_tensor(x.handle.data[i], x.dtype) for x in inputs)
-            if i > 0:
-                row = self.combine_fn.fn(*previous, *row)
-            previous = row
-            for output, value in zip(outputs, row, strict=True):
-                output[i] = value.handle.data
-        return [self.to_tensor(y, x.dtype) for y, x in zip(outputs, inputs, strict=True)]
-
-    monkeypatch.setattr(ScanOps, "generic_scan", generic_scan)
-    with np.errstate(all="ignore"):
-        yield
 
 
 @pytest.fixture(params=["whole", "split"])
@@ -77,26 +50,8 @@ def make(cell, B, T, D, dtype=torch.float32, seed=0):
     return *([x.to(DEVICE, dtype) for x in group] for group in (inputs, [h0])), resets, grad.to(DEVICE, dtype)
 
 
-def run(backend, cell, inputs, h0, resets, reverse, grad):
-    """The states and every gradient, by name. The arguments keep their layout."""
-    leaves = {f"input {i}": x for i, x in enumerate(inputs)} | ({} if h0 is None else {"h0": h0})
-    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
-    inputs = tuple(x for name, x in leaves.items() if name != "h0")
-    out = scan(cell, inputs, leaves.get("h0"), resets, reverse, backend)
-    grads = torch.autograd.grad(out, [*leaves.values()], grad)
-    return {"out": out.detach()} | {f"grad of {name}": x for name, x in zip(leaves, grads, strict=True)}
-
-
-def check(cell, inputs, h0, resets, reverse, grad, tolerance=None):
-    """Triton's result against the loop's in float64, both from the same numbers."""
-    got = run("triton", cell, inputs, h0, resets, reverse, grad)
-    wide = [None if x is None else x.cpu().double() for x in (*inputs, h0, grad)]
-    expected = run("reference", cell, wide[:-2], wide[-2], None if resets is None else resets.cpu(), reverse, wide[-1])
-    for name, x in expected.items():
-        y = got[name]
-        assert y.shape == x.shape and y.dtype == inputs[0].dtype, name
-        error = (y.cpu().double() - x).norm() / x.norm().clamp_min(1e-30)
-        assert error <= (tolerance or TOLERANCE[y.dtype]), f"{name}: {error:.1e}"  # also where it is NaN
+def check(cell, inputs, h0, resets, reverse, grad):
+    assert_matches_float64(cell, inputs, h0, resets, reverse, "triton", weight=grad)
 
 
 @pytest.mark.parametrize("given, reverse", [("", False), ("h0", True), ("resets", False), ("h0 and resets", True)])
@@ -163,7 +118,7 @@ def test_fills_what_it_is_given(reverse, regime):
     grad_h0 = torch.full_like(h0, torch.nan)
     triton_scan.forward(cell, tuple(inputs), h0, resets, reverse, out)
     triton_scan.backward(cell, tuple(inputs), h0, resets, reverse, out, grad, tuple(grads), grad_h0)
-    expected = run("reference", cell, inputs, h0, resets, reverse, grad)
+    expected = evaluate(cell, inputs, h0, resets, reverse, "reference", grad)
     for x, (name, y) in zip((out, *grads, grad_h0), expected.items(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5, msg=lambda message, name=name: f"{name}: {message}")
     assert memory.isnan().sum() == memory.numel() - 4 * out.numel()
@@ -180,8 +135,8 @@ def test_saturated_gates(cell, regime):
 
 
 def same_special_values(cell, inputs, h0, resets, reverse, grad):
-    got = run("triton", cell, inputs, h0, resets, reverse, grad)
-    for name, x in run("reference", cell, inputs, h0, resets, reverse, grad).items():
+    got = evaluate(cell, inputs, h0, resets, reverse, "triton", grad)
+    for name, x in evaluate(cell, inputs, h0, resets, reverse, "reference", grad).items():
         y = got[name]
         torch.testing.assert_close(
             y, x, rtol=1e-3, atol=1e-4, equal_nan=True, msg=lambda message, name=name: f"{name}: {message}"
@@ -220,20 +175,20 @@ def test_products_beyond_the_range_of_floats(regime):
 def test_channels_do_not_touch(regime):
     """Not a bit of a channel changes because its neighbour is NaN."""
     inputs, (h0,), resets, grad = make("mingru_g", 1, 53, 4)
-    clean = run("triton", "mingru_g", inputs, h0, None, False, grad)
+    clean = evaluate("mingru_g", inputs, h0, None, False, "triton", grad)
     for x in (*inputs, grad):
         x[:, 20, 1] = torch.nan
-    dirty = run("triton", "mingru_g", inputs, h0, None, False, grad)
+    dirty = evaluate("mingru_g", inputs, h0, None, False, "triton", grad)
     for name, x in clean.items():
         keep = [0, 2, 3]
         assert torch.equal(x[..., keep], dirty[name][..., keep]), name
-    assert dirty["out"][:, 20:, 1].isnan().all()
+    assert dirty["h"][:, 20:, 1].isnan().all()
 
 
 def test_deterministic(regime):
     inputs, (h0,), resets, grad = make("minlstm_g", 2, 53, 5)
-    first = run("triton", "minlstm_g", inputs, h0, resets, False, grad)
-    again = run("triton", "minlstm_g", inputs, h0, resets, False, grad)
+    first = evaluate("minlstm_g", inputs, h0, resets, False, "triton", grad)
+    again = evaluate("minlstm_g", inputs, h0, resets, False, "triton", grad)
     assert all(torch.equal(x, again[name]) for name, x in first.items())
 
 
@@ -282,7 +237,7 @@ def test_launched_kernels_stay_in_registers(regime, monkeypatch):
     monkeypatch.setattr(triton_scan, "_launch", launch)
     for D in (64, 33):
         inputs, (h0,), resets, grad = make("mingru_g", 2, 64, D)
-        run("triton", "mingru_g", inputs, h0, resets, False, grad)
+        evaluate("mingru_g", inputs, h0, resets, False, "triton", grad)
     kernels = {id(kernel): kernel for kernel in compiled}
     assert len(compiled) == 2 * len(kernels), "one binary must serve both layouts"
     for kernel in kernels.values():

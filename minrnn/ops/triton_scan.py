@@ -39,10 +39,13 @@ from torch import Tensor
 
 BLOCK_D = 32  # a lane per channel, one warp per program
 LAUNCH = {"BLOCK_D": BLOCK_D, "num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
-# Steps per tile, powers of two. At these no kernel spills registers on sm_75, 80 and 90, and those of a minGRU leave
-# room for 12 warps or more per SM; with 8 steps the backward one takes up to 228 registers a thread.
+# Steps per tile, powers of two: the more, the more bytes are on their way at a time. At these no kernel spills
+# registers on sm_75, 80 and 90, and those of a minGRU leave room for 12 warps or more per SM. The backward pass keeps
+# more streams at hand; resets, and there a second gate, leave room for fewer steps.
 FORWARD_STEPS = 16
-BACKWARD_STEPS = 4
+NARROW_FORWARD_STEPS = 8
+BACKWARD_STEPS = 8
+NARROW_BACKWARD_STEPS = 4
 CARRY_CHUNKS = 16
 # Time is split where there are fewer warps than MIN_WARPS_PER_SM, into as many as make WARPS_PER_SM.
 MIN_WARPS_PER_SM = 2
@@ -437,7 +440,7 @@ def forward(
         ends=None,
         **_extent(T, D, chunk_steps, triton.cdiv(T, chunk_steps)),
         ADJOINT=False,
-        STEPS=_steps(FORWARD_STEPS, out.dtype),
+        STEPS=_forward_steps(arguments),
     )
 
 
@@ -476,7 +479,7 @@ def backward(
         entering=entering,
         grad_initial=grad_h0,
         **_extent(T, D, chunk_steps, triton.cdiv(T, chunk_steps)),
-        STEPS=_steps(BACKWARD_STEPS, h.dtype),
+        STEPS=_backward_steps(arguments),
     )
 
 
@@ -500,7 +503,7 @@ def _entering(
         initial=None,
         initial_b=0,
         initial_c=0,
-        STEPS=_steps(FORWARD_STEPS, gate.dtype),
+        STEPS=_forward_steps(arguments),
     )
     _launch(
         _carry_kernel,
@@ -510,7 +513,7 @@ def _entering(
         initial_b=0 if h0 is None else h0.stride(0),
         entering=entering,
         CHUNKS=CARRY_CHUNKS,
-        STEPS=_steps(BACKWARD_STEPS, gate.dtype),  # it walks rarely: small rather than fast
+        STEPS=_steps(NARROW_BACKWARD_STEPS, gate.dtype),  # it walks rarely: small rather than fast
     )
     return entering
 
@@ -527,9 +530,18 @@ def _chunk_steps(B: int, T: int, D: int, device: torch.device) -> int:
     return max(MIN_CHUNK_STEPS, triton.cdiv(triton.cdiv(T, chunks), FORWARD_STEPS) * FORWARD_STEPS)
 
 
+def _forward_steps(arguments: dict) -> int:
+    return _steps(FORWARD_STEPS if arguments["resets"] is None else NARROW_FORWARD_STEPS, arguments["gate"].dtype)
+
+
+def _backward_steps(arguments: dict) -> int:
+    narrow = arguments["gate2"] is not None or arguments["resets"] is not None
+    return _steps(NARROW_BACKWARD_STEPS if narrow else BACKWARD_STEPS, arguments["gate"].dtype)
+
+
 def _steps(steps: int, dtype: torch.dtype) -> int:
     """A number takes two registers in float64, and its exponential many more."""
-    return max(2, steps // 4) if dtype == torch.float64 else steps
+    return steps // 4 if dtype == torch.float64 else steps
 
 
 def _cell(cell: str, dtype: torch.dtype) -> dict:
