@@ -203,7 +203,7 @@ def _load_inputs(gate, gate2, value, resets, t, rows, mask, gate_t, gate2_t, val
         gate2_tile = _load(gate2, t, rows, gate2_t, mask, float("-inf"))
     value_tile = _load(value, t, rows, value_t, mask, 0)
     if resets is None:
-        reset_tile = tl.full(mask.shape, 0, tl.int1)
+        reset_tile = mask ^ mask  # false
     else:
         reset_tile = _load(resets, t, rows, resets_t, mask, 0) != 0
     return gate_tile, gate2_tile, value_tile, reset_tile
@@ -322,9 +322,10 @@ def _carry_kernel(
         product = tl.load(products + offsets, mask=mask, other=1)
         end = tl.load(ends + offsets, mask=mask, other=0)
         end = tl.where(rows == 0, product * h + end, end)
-        _, states, _ = tl.associative_scan((product, end, tl.full(mask.shape, 0, tl.int1)), 0, _then)
+        _, states, _ = tl.associative_scan((product, end, mask ^ mask), 0, _then)
         tl.store(entering + (chunk + 1) * D, states, mask=mask)
-        if tl.sum((mask & ~(tl.abs(states) < float("inf"))).to(tl.int32)) == 0:
+        finite = tl.where(mask, tl.abs(states) < float("inf"), mask == mask)
+        if tl.min(finite.to(tl.int32)) == 1:
             h = _last(states, rows, CHUNKS)
         else:
             k = first
