@@ -21,7 +21,7 @@ install: $(VENV)/installed  ## make .venv with the locked dependencies (done by 
 test: $(VENV)/installed  ## run the tests, on the GPU too where there is one
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 .PHONY: bench
 bench: $(VENV)/installed  ## kernels and layers against peers on this machine; renews results/tables and README
