@@ -32,14 +32,14 @@ class _MinRNN(nn.Module):
     ):  # fmt: skip
         super().__init__()
         for name, value in {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}.items():
-            if not isinstance(value, int):
+            if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
             if value <= 0:
                 raise ValueError(f"{name}: expected a positive int, got {value}")
         for name, value in {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}.items():
             if not isinstance(value, bool):
                 raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
-        if isinstance(dropout, bool) or not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1:
+        if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout!r}")
         if dropout > 0 and num_layers == 1:
             warnings.warn(
@@ -118,7 +118,8 @@ class _MinRNN(nn.Module):
                 the sequences as they were before packing. None means zeros.
 
         Returns:
-            out: the input's form with D * H features, forward then reverse. Contiguous.
+            out: the input's form with D * H features, forward then reverse. Contiguous. The backward pass reads
+                it, so an in-place operation on it (nn.ReLU(inplace=True)) is an error, as with cuDNN.
             h_n: hx's shape; the state after the last step of each direction (the reverse one's is at step 0).
 
         Raises:
@@ -156,7 +157,13 @@ class _MinRNN(nn.Module):
         if hx is not None and sorted_indices is not None:
             hx = hx.index_select(1, sorted_indices)
         # batch_sizes lies on the CPU, so this does not wait for an accelerator.
-        taken = (torch.arange(B) < batch_sizes[:, None]).flatten().nonzero().squeeze(1).to(x.device)
+        taken = (
+            (torch.arange(B, device=batch_sizes.device) < batch_sizes[:, None])
+            .flatten()
+            .nonzero()
+            .squeeze(1)
+            .to(x.device)
+        )
 
         def unpack(rows: Tensor) -> Tensor:
             hold = rows.new_tensor(self._hold).repeat_interleave(H).repeat(T * B, 1)

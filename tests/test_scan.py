@@ -1,5 +1,6 @@
 """Every backend against the float64 loop, and the laws that all of them obey."""
 
+import importlib.util
 import math
 import os
 import subprocess
@@ -17,7 +18,8 @@ from tests.oracle import assert_matches_float64, draw, evaluate
 
 CUDA = torch.cuda.is_available()
 DEVICE = {"cpu": "cpu", "triton": "cuda" if CUDA else "cpu"}
-COMPILED = ("cpu", "triton")
+NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+COMPILED = ("cpu", pytest.param("triton", marks=NO_TRITON))
 INTERPRETED = () if CUDA else ("triton",)  # 20 thousand elements a second: small shapes only
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -130,9 +132,20 @@ def test_nan_and_infinity_travel(cell, value, backend):
         resets = torch.zeros(2, 23, dtype=torch.bool, device=h0.device)
         resets[0, 15] = resets[1, 0] = True
         assert_matches_float64(cell, inputs, h0, resets, backend=backend)
+    inputs, weight = draw(cell, 2, 23, 18, device=DEVICE[backend]), torch.randn(2, 23, 18).to(h0)
+    weight[0, 12, 3] = weight[1, 5, 17] = value
+    assert_matches_float64(cell, inputs, torch.randn(2, 18).to(h0), resets, backend=backend, weight=weight)
 
 
-LAYOUTS = ("contiguous", "time first", "channels first", "half of a projection", "same for all t", "same for all b")
+LAYOUTS = (
+    "contiguous",
+    "time first",
+    "channels first",
+    "channels outermost",
+    "half of a projection",
+    "same for all t",
+    "same for all b",
+)
 
 
 def laid_out(x, layout):
@@ -142,6 +155,8 @@ def laid_out(x, layout):
         return x.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "channels first":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "channels outermost":
+        return x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     if layout == "half of a projection":
         return torch.cat([torch.full_like(x, float("nan")), x], -1)[..., D:]
     if layout == "same for all t":
@@ -282,10 +297,34 @@ def test_gradients_only_where_asked():
     assert gate.grad is None and candidate.grad is not None
 
 
-def test_one_tensor_for_both_inputs():
+DEPENDENT = {
+    "the same twice": lambda x: (x, x),
+    "one from the other": lambda x: (x, (1 - x) * x.cos()),
+    "the other from the one": lambda x: ((1 - x) * x.cos(), x),
+}
+
+
+@pytest.mark.parametrize("inputs", DEPENDENT.values(), ids=DEPENDENT)
+@pytest.mark.parametrize("cell", ("linear", "mingru_g"))
+def test_derivatives_where_one_input_depends_on_the_other(cell, inputs):
     x = torch.rand(2, 5, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: linear_scan(x, x), x)
-    assert torch.autograd.gradgradcheck(lambda x: linear_scan(x, x), x)
+    weight = torch.randn(2, 5, 3, dtype=torch.float64)
+
+    def derivatives(backend):
+        h = scan(cell, inputs(x), backend=backend)
+        first = torch.autograd.grad((h * weight).sum(), x, create_graph=True)[0]
+        return first.detach(), *torch.autograd.grad(first.square().sum(), x)
+
+    for actual, expected in zip(derivatives("cpu"), derivatives("reference"), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_forward_mode_is_refused_by_name():
+    x = torch.rand(2, 5, 3)
+    with pytest.raises(NotImplementedError, match="'cpu' has no forward-mode derivative; use backend='reference'"):
+        torch.func.jvp(lambda x: linear_scan(x, x), (x,), (x,))
+    value, tangent = torch.func.jvp(lambda x: linear_scan(x, x, backend="reference"), (x,), (x,))
+    assert tangent.abs().min() > 0
 
 
 @backends
@@ -301,6 +340,15 @@ def test_registration_with_torch(backend, packed):
     torch.library.opcheck(
         torch.ops.minrnn.scan.default, ("minlstm_g", *leaves, None, None, True, backend), test_utils="test_schema"
     )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_strides_are_those_of_the_operator(layout):
+    gate = laid_out(torch.randn(3, 5, 18), layout).detach().requires_grad_()
+    candidate = torch.randn(3, 5, 18, requires_grad=True)
+    torch.library.opcheck(torch.ops.minrnn.scan.default, ("mingru_g", gate, candidate, None, None, None, False, "cpu"))
+    compiled = torch.compile(lambda *x: mingru_scan(*x).flatten(1).sin(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(gate, candidate), mingru_scan(gate, candidate).flatten(1).sin())
 
 
 def test_compile_and_export():
@@ -357,7 +405,9 @@ x = torch.zeros(2, 5, 3)
     "call, error, words",
     [
         (lambda: linear_scan([1.0], x), TypeError, "a: expected a tensor, got list"),
-        (lambda: linear_scan(x.long(), x), TypeError, "a: expected a floating-point tensor, got torch.int64"),
+        (lambda: linear_scan(x.long(), x), TypeError, "a: expected a tensor of float64, .* got torch.int64"),
+        (lambda: linear_scan(x.to(torch.float8_e5m2), x), TypeError, "a: expected .* got torch.float8_e5m2"),
+        (lambda: minlstm_scan(x, x, x, normalize="no"), TypeError, "normalize: expected a bool, got str"),
         (lambda: linear_scan(x[0], x), ValueError, r"a: expected shape \(B, T, D\), got \(5, 3\)"),
         (lambda: mingru_scan(x, x[:, :4]), ValueError, r"candidate: expected shape \(2, 5, 3\) .*got \(2, 4, 3\)"),
         (lambda: mingru_scan(x, x.double()), TypeError, "candidate: expected gate's dtype torch.float32"),
@@ -382,6 +432,7 @@ def test_errors_name_the_argument(call, error, words):
 
 def test_backends_that_cannot_run_say_why(monkeypatch):
     assert {"reference", "log", "cpu"} <= set(available_backends("cpu"))
+    assert CUDA == ("triton" in available_backends("cuda"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "triton" not in available_backends("cpu")
     with pytest.raises(ValueError, match="'triton' cannot run on cpu .*CUDA"):
@@ -395,6 +446,20 @@ def test_backends_that_cannot_run_say_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(ValueError, match="no bfloat16 .*use float16 or float32"):
         resolve("auto", torch.device("cuda"), torch.bfloat16)
+
+
+def test_without_a_folder_to_cache_in_it_warns_and_works():
+    program = """
+import warnings, numba.core.caching, torch
+numba.core.caching.CacheImpl._locator_classes = []
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from minrnn.ops import linear_scan
+    x = torch.rand(2, 5, 18)
+    assert torch.allclose(linear_scan(x, x), linear_scan(x, x, backend="reference"))
+assert any("NUMBA_CACHE_DIR" in str(w.message) for w in caught), caught
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_a_forked_child_scans():

@@ -18,6 +18,7 @@ on timing.
 
 import math
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import pairwise
@@ -45,10 +46,21 @@ CARRY_ELEMENTS = 1 << 12
 
 # "contract" allows fused multiply-add; nothing that would reorder sums or assume NaN away.
 _OPTIONS = dict(nogil=True, error_model="numpy", fastmath={"contract"})
-_cached_jit = njit(cache=True, **_OPTIONS)
 # A call left in an inner loop would keep the compiler from vectorising it.
 _jit = njit(forceinline=True, **_OPTIONS)
 _overload = partial(overload, jit_options=dict(forceinline=True, **_OPTIONS))
+
+
+def _cached_jit(function):
+    try:
+        return njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError as error:
+        warnings.warn(
+            f"the CPU kernels are compiled anew in this process, which takes seconds: {error}; "
+            "set NUMBA_CACHE_DIR to a folder that can be written",
+            stacklevel=2,
+        )
+        return njit(**_OPTIONS)(function)
 
 
 # --- element types ---------------------------------------------------------------------------------------
@@ -236,7 +248,8 @@ def _(x, value):
 # --- the cells ---------------------------------------------------------------------------------------------
 # A cell's tag is a type of its own. `_coefficients` gives (a, b); `_gradients` gives, for the gradient s that
 # reaches a state and the state `previous` to it, the gradient that goes on to `previous` (a s) and those of
-# the three inputs (a dummy where there is no third). The formulas are those of cells.py.
+# the three inputs (a dummy where there is no third). The formulas are those of cells.py; the difference of two
+# products is not factored, because with an infinite s it is NaN, as in the reference.
 
 
 class _Linear(NamedTuple):
@@ -402,7 +415,7 @@ def _(cell, x0, x1, x2, s, previous):
         def mingru(cell, x0, x1, x2, s, previous):
             z, keep, c = parts(x0, x1)
             dc = s * z
-            return keep * s, dc * keep * (c - previous), dc * _g_slope(x1, c) if has_g else dc, s
+            return keep * s, keep * (dc * c - dc * previous), dc * _g_slope(x1, c) if has_g else dc, s
 
         return mingru
     has_g = tag in (_MinLSTM, _MinLSTMUnnormalized)
@@ -412,7 +425,7 @@ def _(cell, x0, x1, x2, s, previous):
             f, i, forget_slope, input_slope = _normalized_gates(x0, x1)
             c = _g_of(x2) if has_g else x2
             dc = s * i
-            balance = f * dc * (previous - c)
+            balance = f * (dc * previous - dc * c)
             return f * s, balance * forget_slope, -balance * input_slope, dc * _g_slope(x2, c) if has_g else dc
 
         return minlstm
@@ -652,16 +665,16 @@ def _launch(kernel, cell, tensors, reverse: bool) -> None:
         )  # fmt: skip
 
     first, *rest = _shares(B, T, D)
-    futures = [_threads(len(rest), os.getpid()).submit(run, *share) for share in rest]
+    futures = [_threads(os.getpid()).submit(run, *share) for share in rest]
     run(*first)
     for future in futures:
         future.result()
 
 
 @cache
-def _threads(count: int, process: int) -> ThreadPoolExecutor:
-    """`process` is part of the key because a forked child has none of its parent's threads."""
-    return ThreadPoolExecutor(count, "minrnn")
+def _threads(process: int) -> ThreadPoolExecutor:
+    """One pool a process, whose threads start when they are needed; a forked child has none of its parent's."""
+    return ThreadPoolExecutor(os.cpu_count(), "minrnn")
 
 
 def _shares(B: int, T: int, D: int) -> list[tuple[int, int, int, int]]:

@@ -7,12 +7,14 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import log_space, reference
 from .cells import CELLS, coefficients
 from .memory import empty
 
 BACKENDS = ("reference", "log", "cpu", "triton")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def linear_scan(
@@ -29,8 +31,9 @@ def linear_scan(
 
     Returns:
         (B, T, D) states in the inputs' dtype; the last state is `h[:, -1]`. Compiled backends accumulate in
-        float32 (float64 for float64). Differentiable in a, b and h0, any number of times. The memory order
-        follows the first input: time outermost where its time stride is the larger.
+        float32 (float64 for float64), and their memory order follows the first input's: time outermost where
+        it has rows in that order. Differentiable in a, b and h0, any number of times, by reverse mode; for
+        forward mode and torch.func use backend="reference".
 
     Raises:
         TypeError: an argument is not a tensor of the expected dtype.
@@ -85,6 +88,8 @@ def minlstm_scan(
 
     h0, resets, backend, the result and the errors are those of `linear_scan`.
     """
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
     cell = f"minlstm_{'' if normalize else 'unnormalized_'}{_activation(activation)}"
     inputs = {"forget_gate": forget_gate, "input_gate": input_gate, "candidate": candidate}
     return _checked_scan(cell, inputs, h0, resets, backend)
@@ -92,7 +97,10 @@ def minlstm_scan(
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """The backends that can run on tensors of this device, here and now."""
-    return tuple(name for name in BACKENDS if _unusable(name, torch.device(device), torch.float32) is None)
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return ()
+    return tuple(name for name in BACKENDS if _unusable(name, device, torch.float32) is None)
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -144,8 +152,8 @@ def _checked_scan(
     for name, x in floats.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected a tensor of float64, float32, float16 or bfloat16, got {x.dtype}")
     if first.dim() != 3:
         raise ValueError(f"{first_name}: expected shape (B, T, D), got {tuple(first.shape)}")
     B, T, D = first.shape
@@ -190,6 +198,9 @@ def scan(
     the last step to the first: h0 stands after the last step, a reset clears what enters its step from there.
     """
     backend = resolve(backend, inputs[0].device, inputs[0].dtype)
+    if backend in ("cpu", "triton") and not torch.compiler.is_compiling():
+        if any(unpack_dual(x).tangent is not None for x in _present(*inputs, h0)):  # torch would drop it in silence
+            raise NotImplementedError(f"backend: {backend!r} has no forward-mode derivative; use backend='reference'")
     if backend == "reference":
         return reference.scan(cell, _separate(cell, inputs), h0, resets, reverse)
     if backend == "log":
@@ -221,9 +232,10 @@ def _kernels(backend: str) -> ModuleType:
 
 
 def _empty_like(x: Tensor, D: int, new=empty) -> Tensor:
-    """(B, T, D), D contiguous; time outermost where `x` has it so."""
-    B, T, _ = x.shape
-    if B > 1 and T > 1 and x.stride(1) > x.stride(0):
+    """(B, T, D), D contiguous; time outermost where `x` has rows in that order."""
+    B, T, width = x.shape
+    rows = width == 1 or x.stride(2) == 1
+    if B > 1 and T > 1 and rows and 0 < x.stride(0) < x.stride(1):
         return new((T, B, D), x).transpose(0, 1)
     return new((B, T, D), x)
 
@@ -252,10 +264,11 @@ def _rows(x: Tensor | None) -> Tensor | None:
     " -> Tensor",
 )
 def _scan_op(cell, x0, x1, x2, h0, resets, reverse, backend):
-    inputs = tuple(_rows(x) for x in _present(x0, x1, x2))
+    inputs = _present(x0, x1, x2)
     out = _empty_states(cell, inputs)
     if out.numel():
-        _kernels(backend).forward(cell, _separate(cell, inputs), _rows(h0), resets, reverse, out)
+        rows = _separate(cell, tuple(_rows(x) for x in inputs))
+        _kernels(backend).forward(cell, rows, _rows(h0), resets, reverse, out)
     return out
 
 
@@ -272,13 +285,13 @@ def _(cell, x0, x1, x2, h0, resets, reverse, backend):
 )
 def _scan_backward_op(cell, grad, h, x0, x1, x2, h0, resets, reverse, backend):
     """The gradients of the inputs and, where there is one, of h0."""
-    inputs = tuple(_rows(x) for x in _present(x0, x1, x2))
+    inputs = _present(x0, x1, x2)
     grads = tuple(_empty_like(x, x.shape[2]) for x in inputs)
     grad_h0 = None if h0 is None else h0.new_zeros(h0.shape)
     if h.numel():
-        separate = _separate(cell, inputs), _separate(cell, grads)
+        rows = _separate(cell, tuple(_rows(x) for x in inputs))
         _kernels(backend).backward(
-            cell, separate[0], _rows(h0), resets, reverse, _rows(h), _rows(grad), separate[1], grad_h0
+            cell, rows, _rows(h0), resets, reverse, _rows(h), _rows(grad), _separate(cell, grads), grad_h0
         )
     return [*grads, *_present(grad_h0)]
 
@@ -314,6 +327,8 @@ def _composite_backward(cell, inputs, h0, resets, reverse, backend, h, grad):
 
     With s_t the gradient that reaches state t, s_t = grad_t + a_{t+1} s_{t+1}: a scan in the other direction.
     """
+    # Views, so that a path from one input to another is not counted here and by the outer graph again.
+    inputs = tuple(x.view_as(x) for x in inputs)
     compute = torch.promote_types(h.dtype, torch.float32)
     a, b = coefficients(cell, tuple(x.to(compute) for x in _separate(cell, inputs)))
     initial = (h.new_zeros(h.shape[0], h.shape[2]) if h0 is None else h0).to(compute)[:, None]
