@@ -141,9 +141,11 @@ def machine(part: dict) -> str:
 
 CAPTIONS = {
     "kernels": "Scans through autograd, minimum / median of several runs. The copy limit is the fewest bytes the scan "
-    "must move over the bandwidth of a warm copy measured in the same run ({bandwidth:.1f} GB/s).",
+    "must move over the bandwidth of a large warm copy measured in the same run ({bandwidth:.1f} GB/s); the smaller "
+    "shapes lie partly in the last cache.",
     "layers": "One layer, forward + backward to the parameters, ms, minimum / median; in brackets the ratio to MinGRU.",
-    "precision": "Relative error of minGRU's states against the float64 loop (normal pre-activations, 64 channels).",
+    "precision": "Relative error of minGRU's states against the float64 loop (normal pre-activations, 64 channels). "
+    "bfloat16: inputs and result in bfloat16; the log-space form then computes in it throughout.",
 }
 TABLE = {"kernels": kernel_table, "layers": layer_table, "precision": precision_table}
 

@@ -513,7 +513,10 @@ def test_autocast_takes_mixed_dtypes_compiled_too(layer):
 def test_shapes_are_known_without_data(layer):
     with torch.device("meta"):
         out, h_n = layer(IN, H, 2, bidirectional=True)(torch.randn(6, 4, IN))
+        packed = PackedSequence(torch.randn(5, IN), torch.tensor([3, 2], device="cpu"))
+        packed_out, _ = layer(IN, H)(packed)
     assert (out.shape, h_n.shape) == ((6, 4, 2 * H), (4, 4, H))
+    assert packed_out.data.shape == (5, H)
 
 
 # --- errors ------------------------------------------------------------------------------------------------
