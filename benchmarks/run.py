@@ -101,8 +101,8 @@ def linear_peers(device: str, a: torch.Tensor, b: torch.Tensor, weight: torch.Te
 
 def kernels(device: str) -> list[dict]:
     rows = []
-    bandwidth = copy_bandwidth(device)
     for shape in KERNEL_SHAPES[device]:
+        bandwidth = copy_bandwidth(device)  # beside what it is compared with: a shared machine changes by the second
         for cell in KERNEL_CELLS:
             for dtype in (torch.float32, torch.bfloat16):
                 leaves = draw(cell, shape, dtype, device)

@@ -141,8 +141,8 @@ def machine(part: dict) -> str:
 
 CAPTIONS = {
     "kernels": "Scans through autograd, minimum / median of several runs. The copy limit is the fewest bytes the scan "
-    "must move over the bandwidth of a large warm copy measured in the same run ({bandwidth:.1f} GB/s); the smaller "
-    "shapes lie partly in the last cache.",
+    "must move over the bandwidth of a large warm copy measured just before ({bandwidth} GB/s); the smaller shapes "
+    "lie partly in the last cache.",
     "layers": "One layer, forward + backward to the parameters, ms, minimum / median; in brackets the ratio to MinGRU.",
     "precision": "Relative error of minGRU's states against the float64 loop (normal pre-activations, 64 channels). "
     "bfloat16: inputs and result in bfloat16; the log-space form then computes in it throughout.",
@@ -156,7 +156,8 @@ def main() -> None:
         device, results = path.stem, json.loads(path.read_text())
         for part, content in results.items():
             rows = content["rows"]
-            caption = CAPTIONS[part].format(bandwidth=rows[0].get("copy_bandwidth", 0) / 1e9)
+            bandwidths = [row.get("copy_bandwidth", 0) / 1e9 for row in rows]
+            caption = CAPTIONS[part].format(bandwidth=f"{min(bandwidths):.0f} to {max(bandwidths):.0f}")
             text = f"{caption} {machine(content)}.\n\n{TABLE[part](rows)}"
             (TABLES / f"bench_{part}_{device}.md").write_text(text)
             with (TABLES / f"bench_{part}_{device}.csv").open("w", newline="") as file:
