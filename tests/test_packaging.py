@@ -57,3 +57,9 @@ def test_library_knows_nothing_of_experiments():
     program = "import sys, minrnn, minrnn.ops; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert not {"hydra", "omegaconf", "wandb", "onnx", "onnxscript", "experiments", "numba"} & set(loaded)
+
+
+def test_the_readmes_first_program_runs():
+    program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert "minrnn.MinGRU(" in program
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
