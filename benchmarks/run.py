@@ -238,7 +238,9 @@ def main() -> None:
         print(f"\n{name} on {device}", flush=True)
         results[name] = {"rows": PARTS[name](device), "hardware": hardware(device), **commit()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        whole = path.with_suffix(".tmp")  # a run that is killed leaves the old results
+        whole.write_text(json.dumps(results, indent=1) + "\n")
+        whole.replace(path)
     tables.main()
 
 

@@ -5,7 +5,7 @@ candidate, write h) and 24 backward (read gate, candidate, h and its gradient, w
 else is saved or moved. Next come two exponentials and one division an element in either direction, so the
 exponential is a polynomial that the compiler vectorises.
 
-A kernel walks time in the outer loop and a row of channels in the inner one, in blocks of LANES. The last
+A kernel walks time in the outer loop and a row of channels in the inner one, in blocks of 16 or 32. The last
 block of a row overlaps the one before it instead of falling into a scalar remainder: it computes a few
 channels twice, from a carried state of its own, and writes the same values again. Rows shorter than a block
 are copied into one.
@@ -31,9 +31,11 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-LANES = 16
+# Channels of a block. A block of the linear scan is so short a loop that the compiler unrolls one of 16 before it
+# comes to vectorise it, and then does that badly; with 32 it does not. The gated ones lose by more than 16.
+LANES, LINEAR_LANES = 16, 32
 # Bytes of a block of the widest element, and how many a row shorter than a block is worked on in.
-SLOT = LANES * 8
+SLOT = LINEAR_LANES * 8
 SCRATCH_SLOTS = 8
 # Below this many elements a further thread costs more than it saves.
 MIN_ELEMENTS_PER_THREAD = 1 << 18
@@ -439,6 +441,16 @@ def _(cell, x0, x1, x2, s, previous):
     return minlstm_unnormalized
 
 
+def _lanes(cell):
+    return LINEAR_LANES if isinstance(cell, _Linear) else LANES
+
+
+@_overload(_lanes)
+def _(cell):
+    lanes = LINEAR_LANES if cell.instance_class is _Linear else LANES
+    return lambda cell: lanes
+
+
 # --- kernels -----------------------------------------------------------------------------------------------
 # A stream is (address of its first element, stride over the batch, stride over time), in bytes, its rows
 # contiguous. `carry` holds the carried states of the rows walked together, each padded to whole blocks.
@@ -450,24 +462,24 @@ def _at(stream, b, t):
 
 
 @_jit
-def _block_start(block, width):
-    return max(0, min(block * LANES, width - LANES))
+def _block_start(block, lanes, width):
+    return max(0, min(block * lanes, width - lanes))
 
 
 @_jit
-def _begin_carry(element, h0, b, width, carry, carry_start, blocks):
+def _begin_carry(element, h0, b, lanes, width, carry, carry_start, blocks):
     zero = _zero(element)
     for j in range(blocks):
-        start = _block_start(j, width)
-        for k in range(min(LANES, width)):
+        start = _block_start(j, lanes, width)
+        for k in range(min(lanes, width)):
             state = _load(0, element, _at(h0, b, 0), start + k) if h0[0] != 0 else zero
-            _store(1, zero, carry, carry_start + j * LANES + k, state)
+            _store(1, zero, carry, carry_start + j * lanes + k, state)
 
 
 @_jit
-def _clear_carry(element, carry, carry_start, blocks):
+def _clear_carry(element, carry, carry_start, count):
     zero = _zero(element)
-    for k in range(blocks * LANES):
+    for k in range(count):
         _store(1, zero, carry, carry_start + k, zero)
 
 
@@ -505,7 +517,7 @@ def _copy_row(element, source, target, width):
 @_jit
 def _forward_block(cell, element, x0, x1, x2, out, start, carry, carry_start):
     zero = _zero(element)
-    for k in range(LANES):
+    for k in range(_lanes(cell)):
         i = start + k
         a, b = _coefficients(cell, _load(0, element, x0, i), _load(0, element, x1, i), _load(0, element, x2, i))
         h = a * _load(1, zero, carry, carry_start + k) + b
@@ -515,19 +527,20 @@ def _forward_block(cell, element, x0, x1, x2, out, start, carry, carry_start):
 
 @_cached_jit
 def _forward(cell, element, x0, x1, x2, h0, resets, out, T, b_start, b_stop, together, width, carry, scratch):
-    blocks = (width + LANES - 1) // LANES
-    padded = blocks * LANES
+    lanes = _lanes(cell)
+    blocks = (width + lanes - 1) // lanes
+    padded = blocks * lanes
     for b_first in range(b_start, b_stop, together):
         b_last = min(b_first + together, b_stop)
         for b in range(b_first, b_last):
-            _begin_carry(element, h0, b, width, carry, (b - b_first) * padded, blocks)
+            _begin_carry(element, h0, b, lanes, width, carry, (b - b_first) * padded, blocks)
         for t in range(T):
             for b in range(b_first, b_last):
                 carry_start = (b - b_first) * padded
                 if _reset_at(resets, b, t):
-                    _clear_carry(element, carry, carry_start, blocks)
+                    _clear_carry(element, carry, carry_start, padded)
                 r0, r1, r2, r_out = _at(x0, b, t), _at(x1, b, t), _at(x2, b, t), _at(out, b, t)
-                if width < LANES:
+                if width < lanes:
                     s0, s1, s2, s_out = scratch, scratch + SLOT, scratch + 2 * SLOT, scratch + 3 * SLOT
                     _copy_row(element, r0, s0, width)
                     _copy_row(element, r1, s1, width)
@@ -536,14 +549,14 @@ def _forward(cell, element, x0, x1, x2, h0, resets, out, T, b_start, b_stop, tog
                     _copy_row(element, s_out, r_out, width)
                 else:
                     for j in range(blocks):
-                        start = _block_start(j, width)
-                        _forward_block(cell, element, r0, r1, r2, r_out, start, carry, carry_start + j * LANES)
+                        start = _block_start(j, lanes, width)
+                        _forward_block(cell, element, r0, r1, r2, r_out, start, carry, carry_start + j * lanes)
 
 
 @_jit
 def _backward_block(cell, element, x0, x1, x2, previous, grad, dx0, dx1, dx2, start, carry, carry_start):
     zero = _zero(element)
-    for k in range(LANES):
+    for k in range(_lanes(cell)):
         i = start + k
         onward, d0, d1, d2 = _gradients(
             cell,
@@ -575,12 +588,13 @@ def _backward(
     cell, element, x0, x1, x2, h0, resets, h, grad, dx0, dx1, dx2, grad_h0,
     T, b_start, b_stop, together, width, carry, scratch,
 ):  # fmt: skip
-    blocks = (width + LANES - 1) // LANES
-    padded = blocks * LANES
+    lanes = _lanes(cell)
+    blocks = (width + lanes - 1) // lanes
+    padded = blocks * lanes
     zeros = scratch + SCRATCH_SLOTS * SLOT
     for b_first in range(b_start, b_stop, together):
         b_last = min(b_first + together, b_stop)
-        _clear_carry(element, carry, 0, (b_last - b_first) * blocks)
+        _clear_carry(element, carry, 0, (b_last - b_first) * padded)
         for t in range(T - 1, -1, -1):
             for b in range(b_last - 1, b_first - 1, -1):
                 carry_start = (b - b_first) * padded
@@ -593,7 +607,7 @@ def _backward(
                     previous = _at(h, b, t - 1)
                 r0, r1, r2, r_grad = _at(x0, b, t), _at(x1, b, t), _at(x2, b, t), _at(grad, b, t)
                 w0, w1, w2 = _at(dx0, b, t), _at(dx1, b, t), _at(dx2, b, t)
-                if width < LANES:
+                if width < lanes:
                     s0, s1, s2, s_grad = scratch, scratch + SLOT, scratch + 2 * SLOT, scratch + 3 * SLOT
                     s_previous, v0, v1, v2 = s_grad + SLOT, s_grad + 2 * SLOT, s_grad + 3 * SLOT, s_grad + 4 * SLOT
                     _copy_row(element, r0, s0, width)
@@ -610,21 +624,21 @@ def _backward(
                     for j in range(blocks - 1, -1, -1):
                         _backward_block(
                             cell, element, r0, r1, r2, previous, r_grad, w0, w1, w2,
-                            _block_start(j, width), carry, carry_start + j * LANES,
+                            _block_start(j, lanes, width), carry, carry_start + j * lanes,
                         )  # fmt: skip
                 if reset:
-                    _clear_carry(element, carry, carry_start, blocks)
+                    _clear_carry(element, carry, carry_start, padded)
         if grad_h0[0] != 0:
             for b in range(b_first, b_last):
-                _end_carry(element, grad_h0, b, width, carry, (b - b_first) * padded, blocks)
+                _end_carry(element, grad_h0, b, lanes, width, carry, (b - b_first) * padded, blocks)
 
 
 @_jit
-def _end_carry(element, grad_h0, b, width, carry, carry_start, blocks):
+def _end_carry(element, grad_h0, b, lanes, width, carry, carry_start, blocks):
     for j in range(blocks):
-        start = _block_start(j, width)
-        for k in range(min(LANES, width)):
-            state = _load(1, _zero(element), carry, carry_start + j * LANES + k)
+        start = _block_start(j, lanes, width)
+        for k in range(min(lanes, width)):
+            state = _load(1, _zero(element), carry, carry_start + j * lanes + k)
             _store(2, element, _at(grad_h0, b, 0), start + k, state)
 
 
@@ -652,15 +666,18 @@ def _launch(kernel, cell, tensors, reverse: bool) -> None:
     compute = np.float64 if like.dtype == torch.float64 else np.float32
     time_outermost = like.stride(1) > like.stride(0)
 
+    tag = _CELL_TAGS[cell]
+    lanes = _lanes(tag)
+
     def run(b_start, b_stop, d_start, d_stop):
         width = d_stop - d_start
-        padded = -(-width // LANES) * LANES
+        padded = -(-width // lanes) * lanes
         together = max(1, min(b_stop - b_start, CARRY_ELEMENTS // padded)) if time_outermost else 1
         carry = np.empty(together * padded, compute)
         scratch = np.zeros(SCRATCH_SLOTS * SLOT + padded * 8, np.uint8)
         streams = (_stream(x, d_start, reverse) for x in tensors)
         kernel(
-            _CELL_TAGS[cell], _ELEMENT_TAGS[like.dtype], *streams,
+            tag, _ELEMENT_TAGS[like.dtype], *streams,
             T, b_start, b_stop, together, width, carry.ctypes.data, scratch.ctypes.data,
         )  # fmt: skip
 
@@ -682,9 +699,9 @@ def _shares(B: int, T: int, D: int) -> list[tuple[int, int, int, int]]:
     threads = max(1, min(torch.get_num_threads(), B * T * D // MIN_ELEMENTS_PER_THREAD))
     pieces = 1 if B >= 4 * threads else max(1, min(threads // math.gcd(B, threads), D // MIN_PIECE))
     rows = min(B, threads // pieces)
-    blocks = -(-D // LANES)
+    blocks = -(-D // LINEAR_LANES)
     b_edges = [i * B // rows for i in range(rows + 1)]
-    d_edges = [min(D, i * blocks // pieces * LANES) for i in range(pieces + 1)]
+    d_edges = [min(D, i * blocks // pieces * LINEAR_LANES) for i in range(pieces + 1)]
     return [(*b, *d) for b in pairwise(b_edges) for d in pairwise(d_edges)]
 
 
