@@ -166,7 +166,7 @@ def laid_out(x, layout):
     return x.contiguous()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @backends
 def test_any_shape_layout_and_dtype(backend, data):
@@ -175,8 +175,9 @@ def test_any_shape_layout_and_dtype(backend, data):
     small = backend in INTERPRETED
     B, T, D = (data.draw(st.integers(1, n), name) for n, name in ((3, "B"), (9 if small else 40, "T"), (40, "D")))
     torch.manual_seed(data.draw(st.integers(0, 99), "seed"))
+    layouts = [data.draw(st.sampled_from(LAYOUTS), "layout") for _ in range(CELLS[cell])]
     inputs = [
-        laid_out(x, data.draw(st.sampled_from(LAYOUTS), "layout")) for x in draw(cell, B, T, D, dtype, DEVICE[backend])
+        laid_out(x, layout) for x, layout in zip(draw(cell, B, T, D, dtype, DEVICE[backend]), layouts, strict=True)
     ]
     h0 = torch.randn(B, D).to(inputs[0]) if data.draw(st.booleans(), "h0") else None
     if h0 is not None and data.draw(st.booleans(), "h0 strided"):
@@ -184,9 +185,10 @@ def test_any_shape_layout_and_dtype(backend, data):
     resets = torch.rand(T, B).to(h0.device if h0 is not None else inputs[0].device).T < 0.2
     resets = resets if data.draw(st.booleans(), "resets") else None
     reverse = data.draw(st.booleans(), "reverse")
-    # 16-bit gradients may cancel down to their own rounding where all inputs of a channel are one number
-    tolerance = 3e-2 if dtype in (torch.bfloat16, torch.float16) else None
-    assert_matches_float64(cell, inputs, h0, resets, reverse, backend, tolerance)
+    # Towards a candidate that stays the same the state converges, and the gates' gradients are the difference of the
+    # two: of numbers that the output holds in 16 bits.
+    converges = layouts[-1] == "same for all t" and dtype in (torch.bfloat16, torch.float16)
+    assert_matches_float64(cell, inputs, h0, resets, reverse, backend, 3e-2 if converges else None)
 
 
 def test_views_of_a_projection_are_read_in_place():

@@ -250,8 +250,7 @@ def _(x, value):
 # --- the cells ---------------------------------------------------------------------------------------------
 # A cell's tag is a type of its own. `_coefficients` gives (a, b); `_gradients` gives, for the gradient s that
 # reaches a state and the state `previous` to it, the gradient that goes on to `previous` (a s) and those of
-# the three inputs (a dummy where there is no third). The formulas are those of cells.py; the difference of two
-# products is not factored, because with an infinite s it is NaN, as in the reference.
+# the three inputs (a dummy where there is no third). The formulas are those of cells.py.
 
 
 class _Linear(NamedTuple):
@@ -310,6 +309,12 @@ def _g_slope(x, g):
     """dg/dx, given g(x)."""
     one = _like(x, 1.0)
     return one if x >= _like(x, 0.0) else g * (one - g)
+
+
+@_jit
+def _times_difference(s, x, y):
+    """s x - s y. Factored it is more precise where x is near y; unfactored it is NaN or infinite as it should be."""
+    return s * (x - y) if abs(s) < _like(s, np.inf) else s * x - s * y
 
 
 @_jit
@@ -417,7 +422,7 @@ def _(cell, x0, x1, x2, s, previous):
         def mingru(cell, x0, x1, x2, s, previous):
             z, keep, c = parts(x0, x1)
             dc = s * z
-            return keep * s, keep * (dc * c - dc * previous), dc * _g_slope(x1, c) if has_g else dc, s
+            return keep * s, keep * _times_difference(dc, c, previous), dc * _g_slope(x1, c) if has_g else dc, s
 
         return mingru
     has_g = tag in (_MinLSTM, _MinLSTMUnnormalized)
@@ -427,7 +432,7 @@ def _(cell, x0, x1, x2, s, previous):
             f, i, forget_slope, input_slope = _normalized_gates(x0, x1)
             c = _g_of(x2) if has_g else x2
             dc = s * i
-            balance = f * (dc * previous - dc * c)
+            balance = f * _times_difference(dc, previous, c)
             return f * s, balance * forget_slope, -balance * input_slope, dc * _g_slope(x2, c) if has_g else dc
 
         return minlstm

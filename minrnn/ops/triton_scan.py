@@ -127,20 +127,25 @@ def _coefficients(gate, gate2, value, CELL: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
+def _times_difference(s, x, y):
+    """s x - s y. Factored it is more precise where x is near y; unfactored it is NaN or infinite as it should be."""
+    return tl.where(tl.abs(s) < float("inf"), s * (x - y), s * x - s * y)
+
+
+@triton.jit
 def _input_gradients(gate, gate2, value, previous, s, CELL: tl.constexpr, G: tl.constexpr):
     """Gradients of gate, gate2 (itself unused where there is none) and value, from s, the gradient of h_t."""
     a, take = _gates(gate, gate2, CELL)
     candidate, slope = _activate(value, G)
-    # Not s * (candidate - previous): where s is infinite the loop's two terms have no difference.
     if CELL == "linear":
         return s * previous, s, s
     elif CELL == "mingru":
-        grad_gate = a * take * (s * candidate - s * previous)
+        grad_gate = a * take * _times_difference(s, candidate, previous)
         return grad_gate, grad_gate, s * take * slope
     elif CELL == "minlstm":
         _, not_f = _sigmoids(gate)
         _, not_i = _sigmoids(gate2)
-        grad_balance = a * take * (s * previous - s * candidate)
+        grad_balance = a * take * _times_difference(s, previous, candidate)
         return grad_balance * not_f, -grad_balance * not_i, s * take * slope
     else:
         _, not_f = _sigmoids(gate)
