@@ -82,20 +82,29 @@ def time_both(f, leaves, weight, device, **options) -> dict[str, dict]:
     return {name: summary(seconds(case, device, **options)) for name, case in cases.items()}
 
 
+def accelerated_scan(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    from accelerated_scan.warp import scan as warp_scan
+
+    return warp_scan(a, b)
+
+
+def hgrn(name: str, log_a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    import fla.ops.hgrn
+
+    return getattr(fla.ops.hgrn, name)(b, log_a)[0]
+
+
 def linear_peers(device: str, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> dict[str, tuple]:
     """Scans of h_t = a_t h_{t-1} + b_t by others, each with its inputs and weight as it likes them best."""
+    # Imported where they are called: some compile on import, and what fails there is recorded as any failure.
     peers = {}
     if device == "cuda" and importlib.util.find_spec("accelerated_scan"):
-        from accelerated_scan.warp import scan as warp_scan
-
         inputs = [x.mT.contiguous().requires_grad_() for x in (a, b)]  # (B, D, T)
-        peers["accelerated-scan"] = warp_scan, inputs, weight.mT.contiguous()
+        peers["accelerated-scan"] = accelerated_scan, inputs, weight.mT.contiguous()
     if device == "cuda" and importlib.util.find_spec("fla"):
-        from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
-
         inputs = [a.log().requires_grad_(), b.clone().requires_grad_()]
-        peers["fla chunk_hgrn"] = lambda log_a, b: chunk_hgrn(b, log_a)[0], inputs, weight
-        peers["fla fused_recurrent_hgrn"] = lambda log_a, b: fused_recurrent_hgrn(b, log_a)[0], inputs, weight
+        peers["fla chunk_hgrn"] = partial(hgrn, "chunk_hgrn"), inputs, weight
+        peers["fla fused_recurrent_hgrn"] = partial(hgrn, "fused_recurrent_hgrn"), inputs, weight
     return peers
 
 
