@@ -98,7 +98,8 @@ def layer_table(rows: list[dict]) -> str:
 
 
 def precision_table(rows: list[dict]) -> str:
-    kinds = [("float32", "log"), ("float32", "auto"), ("bfloat16", "log"), ("bfloat16", "auto")]
+    dtypes = dict.fromkeys(r["dtype"] for r in rows)
+    kinds = [(dtype, backend) for dtype in dtypes for backend in ("log", "auto")]
     found = {(r["T"], r["dtype"], r["backend"]): r["error"] for r in rows}
     body = [[str(T), *(f"{found[(T, *kind)]:.1e}" for kind in kinds)] for T in sorted({r["T"] for r in rows})]
     names = {"log": "log-space (the paper's)", "auto": "minrnn"}
@@ -145,7 +146,7 @@ CAPTIONS = {
     "lie partly in the last cache.",
     "layers": "One layer, forward + backward to the parameters, ms, minimum / median; in brackets the ratio to MinGRU.",
     "precision": "Relative error of minGRU's states against the float64 loop (normal pre-activations, 64 channels). "
-    "bfloat16: inputs and result in bfloat16; the log-space form then computes in it throughout.",
+    "16 bits: inputs and result in that type; the log-space form then computes in it throughout.",
 }
 TABLE = {"kernels": kernel_table, "layers": layer_table, "precision": precision_table}
 
@@ -171,7 +172,7 @@ def main() -> None:
 def renew_readme(name: str, text: str) -> None:
     """Replaces what stands between the two marks of this name; README shows float32 only, to stay readable."""
     mark = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
-    shown = "\n".join(line for line in text.splitlines() if "bfloat16 |" not in line or "log-space (the" in line)
+    shown = "\n".join(line for line in text.splitlines() if "float16 |" not in line)
     old = README.read_text()
     README.write_text(mark.sub(lambda m: m[1] + shown + "\n" + m[2], old))
 
