@@ -1,0 +1,1 @@
+"""Sequence mixers under one protocol (`minrnn.mixers.base.Mixer`)."""
