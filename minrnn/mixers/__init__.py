@@ -1,1 +1,36 @@
-"""Sequence mixers under one protocol (`minrnn.mixers.base.Mixer`)."""
+"""Sequence mixers under one protocol (`minrnn.mixers.base.Mixer`), and the one place that picks one by name."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from .base import Mixer
+from .recurrent import GRUMixer, LSTMMixer, MinGRUMixer, MinLSTMMixer
+
+__all__ = ["GRUMixer", "LSTMMixer", "MinGRUMixer", "MinLSTMMixer", "Mixer", "make"]
+
+
+def make(name: str, **settings: Any) -> Callable[[int], Mixer]:
+    """What makes the named mixer for a width.
+
+    Args:
+        name: mingru, minlstm, gru, lstm, or ssm: an `inner` layer (s4, s4d, s6, hyena) in a `wrapping` (none, h3,
+            mamba), the grid of the Mamba paper's Table 1.
+        settings: the mixer's own arguments; None means its default.
+    """
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if name == "ssm":
+        wrapping, inner = settings.pop("wrapping"), settings.pop("inner")
+        return partial(_pick("wrapping", WRAPPINGS, wrapping), inner=partial(_pick("inner", INNER, inner), **settings))
+    return partial(_pick("name", MIXERS, name), **settings)
+
+
+MIXERS = {"mingru": MinGRUMixer, "minlstm": MinLSTMMixer, "gru": GRUMixer, "lstm": LSTMMixer}
+INNER = {}
+WRAPPINGS = {}
+
+
+def _pick(argument: str, choices: dict[str, Any], name: str) -> Any:
+    if name not in choices:
+        raise ValueError(f"{argument}: expected one of {(*choices,)}, got {name!r}")
+    return choices[name]

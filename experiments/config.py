@@ -1,0 +1,210 @@
+"""What can be set: the typed schemas behind `configs/`, and the id of a run. Needs no torch.
+
+A run is what `model`, `data`, `train`, `eval` and the seed say; the rest says where, how and by whom it is run, and
+does not enter its id.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+PROFILES = ("smoke", "cpu", "paper")
+SECTIONS = ("model", "data", "train", "eval")  # what makes a run what it is, with the experiment and the seed
+
+
+@dataclass
+class Model:
+    """A residual backbone of `layers` mixers, `dim` wide."""
+
+    name: str = "mingru"
+    dim: int = 64
+    layers: int = 3
+
+    def __post_init__(self):
+        positive(self, "model", "dim", "layers")
+
+    def mixer(self) -> dict[str, Any]:
+        """What `minrnn.mixers.make` takes."""
+        return {key: value for key, value in asdict(self).items() if key not in ("dim", "layers")}
+
+
+@dataclass
+class MinGRU(Model):
+    expansion: float = 6  # units of the RNN over dim
+
+
+@dataclass
+class MinLSTM(MinGRU):
+    name: str = "minlstm"
+    normalize_gates: bool = True  # False, with a forget bias of 3, is what the authors' public code does
+    forget_bias: float = 0
+
+
+@dataclass
+class RNN(Model):
+    """torch.nn.GRU or torch.nn.LSTM."""
+
+    name: str = "gru"
+    expansion: float = 1
+
+
+@dataclass
+class SSM(Model):
+    """An inner layer (s4, s4d, s6, hyena) in a wrapping (none, h3, mamba), as in Mamba's Table 1."""
+
+    name: str = "ssm"
+    layers: int = 2
+    inner: str = "s6"
+    wrapping: str = "mamba"
+    state_size: int | None = None  # None: the published one, 64 for S4 and 16 for S6
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of(self, "model", "inner", ("s4", "s4d", "s6", "hyena"))
+        one_of(self, "model", "wrapping", ("none", "h3", "mamba"))
+
+
+MODELS = {"mingru": MinGRU, "minlstm": MinLSTM, "gru": RNN, "lstm": RNN, "ssm": SSM}
+
+
+@dataclass
+class Train:
+    steps: int = 400_000
+    batch_size: int = 64
+    lr: float = 3e-4
+    schedule: str = "constant"  # or cosine, to min_lr at the last step
+    warmup: int = 0  # steps, linear
+    min_lr: float = 0
+    weight_decay: float = 0.05
+    beta2: float = 0.999
+    clip: float | None = 1.0  # norm of the whole gradient
+    precision: str = "fp32"  # or bf16, fp16 (with loss scaling), by autocast
+    patience: int | None = None  # stop after so many evaluations without a new best
+
+    def __post_init__(self):
+        positive(self, "train", "steps", "batch_size", "lr")
+        one_of(self, "train", "schedule", ("constant", "cosine"))
+        one_of(self, "train", "precision", ("fp32", "bf16", "fp16"))
+
+
+@dataclass
+class Eval:
+    every: int = 1000  # steps
+    batches: int = 200
+    batch_size: int = 64
+
+    def __post_init__(self):
+        positive(self, "eval", "every", "batches", "batch_size")
+
+
+@dataclass
+class Wandb:
+    mode: str = "offline"  # or online
+    project: str = "minrnn"
+    entity: str | None = None
+
+
+@dataclass
+class Run:
+    """What every experiment has. Its own schema adds `data`."""
+
+    experiment: str = ""
+    profile: str = "cpu"
+    seed: int = 0
+    model: Model = MISSING
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+    # From here on: nothing that changes the result.
+    results_dir: str = "results"
+    output_dir: str = "outputs"
+    device: str = "auto"
+    threads: int | None = None  # of torch on a CPU; None: all cores
+    micro_batches: int = 1  # a step's batch in so many parts, one after another, to save memory
+    compile: bool = False  # torch.compile the model
+    logger: str = "wandb"  # or none
+    wandb: Wandb = field(default_factory=Wandb)
+    progress: bool = True
+    checkpoint_every: float = 60  # seconds
+    budget: float | None = None  # seconds; the run then stops at a checkpoint, and the same command goes on
+
+    def __post_init__(self):
+        one_of(self, "", "logger", ("wandb", "none"))
+        if self.micro_batches < 1 or self.train.batch_size % self.micro_batches:
+            raise ValueError(
+                f"micro_batches: expected a divisor of train.batch_size={self.train.batch_size}, "
+                f"got {self.micro_batches}"
+            )
+
+
+@dataclass
+class SelectiveCopyData:
+    length: int = 4096  # of the body; the markers come after it
+    tokens: int = 16  # to be copied
+    vocab: int = 16  # marker, data symbols, noise
+
+    def __post_init__(self):
+        if self.vocab < 3:
+            raise ValueError(f"data.vocab: expected a marker, noise and one symbol at least (3), got {self.vocab}")
+        if not 1 <= self.tokens <= self.length:
+            raise ValueError(f"data.tokens: expected 1 to data.length={self.length}, got {self.tokens}")
+
+
+@dataclass
+class SelectiveCopy(Run):
+    experiment: str = "selective_copy"
+    data: SelectiveCopyData = field(default_factory=SelectiveCopyData)
+
+
+EXPERIMENTS = {"selective_copy": SelectiveCopy}
+
+
+def register() -> None:
+    """Makes the schemas known to Hydra, as `schema` of each experiment and of each model."""
+    store = ConfigStore.instance()
+    for name, node in EXPERIMENTS.items():
+        store.store(group="schema", name=name, node=node, package="_global_")
+    for name, node in MODELS.items():
+        store.store(group="schema/model", name=name, node=node(name=name), package="model")
+
+
+def positive(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{section}.{name}: expected more than 0, got {getattr(config, name)}")
+
+
+def one_of(config: Any, section: str, name: str, values: tuple[str, ...]) -> None:
+    if getattr(config, name) not in values:
+        raise ValueError(f"{f'{section}.{name}'.strip('.')}: expected one of {values}, got {getattr(config, name)!r}")
+
+
+def run_id(config: dict[str, Any]) -> str:
+    """Twelve hex digits that name a run: a hash of its experiment, its seed and every setting that is not the default.
+
+    Defaults are left out so that a setting added later, off by default, leaves the ids of earlier runs as they are.
+    """
+    identity = {"experiment": config["experiment"], "seed": config["seed"]}
+    defaults = EXPERIMENTS[config["experiment"]]()
+    for section in SECTIONS:
+        default = MODELS[config["model"]["name"]]() if section == "model" else getattr(defaults, section)
+        settings = config[section].items()
+        identity[section] = {
+            k: _plain(v) for k, v in settings if k == "name" or _plain(v) != _plain(getattr(default, k))
+        }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def group_id(config: dict[str, Any]) -> str:
+    """The same for all seeds of a run."""
+    return run_id({**config, "seed": None})
+
+
+def _plain(value: Any) -> Any:
+    """6 and 6.0 are one setting, 1 and true are not."""
+    if isinstance(value, bool):
+        return str(value)
+    return float(value) if isinstance(value, int) else value

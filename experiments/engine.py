@@ -1,0 +1,398 @@
+"""One run from its configuration to its record: claim, train, evaluate, checkpoint, resume. Every experiment uses it.
+
+Everything that a step depends on is its configuration, its seed and its number, so that a run that was killed ends
+with the numbers of one that was not (bit for bit on a CPU with the same number of threads).
+"""
+
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from minrnn.models import parameter_groups
+
+from . import checkpoints, machine, records, tracking
+from .config import Run, run_id
+from .seeds import noise_seed
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass
+class Task:
+    """What an experiment brings.
+
+    Attributes:
+        model: on the device, initialised.
+        batch: of a step, all its sequences, on the device: tensors with the batch as first dimension.
+        loss: of the model (perhaps wrapped) and a part of such a batch; the mean over what it holds.
+        evaluate: of the model and "val" or "test"; finite numbers by name.
+        tokens: of one step.
+        select: the number of "val" by which the best step is chosen, the larger the better with `maximize`.
+    """
+
+    model: nn.Module
+    batch: Callable[[int], tuple[Tensor, ...]]
+    loss: Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
+    evaluate: Callable[[nn.Module, str], dict[str, float]]
+    tokens: int
+    select: str = "accuracy"
+    maximize: bool = True
+
+
+class Diverged(Exception):
+    """The loss is no longer a finite number. The second argument is the run's state."""
+
+
+class Paused(Exception):
+    """The run stopped at a checkpoint; the same command goes on from there."""
+
+
+def execute(cfg: Run, build: Callable[[Run, torch.device], Task]) -> str:
+    """Does the run unless it is done, and writes its record.
+
+    Returns "done" or "diverged" (there is a record), "paused" (out of budget, or told to stop) or "busy" (another
+    process has it). An exception is recorded as "failed", and raised.
+    """
+    config = dataclasses.asdict(cfg)
+    name = run_id(config)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    path = records.record_path(cfg.results_dir, cfg.experiment, name)
+    record = records.read_record(path)
+    if records.is_final(record):
+        _say(rank, f"{cfg.experiment} {name}: {record['status']} already, see {path}")
+        return record["status"]
+    folder = records.work_dir(cfg.output_dir, cfg.experiment, name)
+    with records.claim(folder) if rank == 0 else contextlib.nullcontext(True) as mine, _processes(cfg, rank, world):
+        if not _agree(mine, world):
+            _say(rank, f"{cfg.experiment} {name}: another process is at it (it holds {folder / 'lock'})")
+            return "busy"
+        if records.is_final(records.read_record(path)):  # by the one that held the claim a moment ago
+            return records.read_record(path)["status"]
+        device = _device(cfg, rank)
+        record = {
+            "schema_version": records.SCHEMA_VERSION,
+            "run_id": name,
+            "experiment": cfg.experiment,
+            "profile": cfg.profile,
+            "config": config,
+            "seed": cfg.seed,
+            "git": machine.commit("minrnn", "experiments", "configs"),
+            "versions": machine.versions("numpy", "triton", "numba", "mujoco"),
+            "hardware": machine.hardware(device.type) | {"processes": world},
+            "started": time.time(),
+        }
+        try:
+            state = _train(cfg, name, folder, device, rank, world, build)
+            outcome = {"status": "done", "reason": None, "metrics": {"last": state.last, "best": state.best}}
+        except Paused as stop:
+            _say(rank, f"{cfg.experiment} {name}: {stop}; the same command goes on from there")
+            return "paused"
+        except Diverged as reason:
+            text, state = reason.args
+            outcome = {"status": "diverged", "reason": text, "metrics": {}}
+        except BaseException as error:
+            outcome = {"status": "failed", "reason": "".join(traceback.format_exception_only(error)).strip()}
+            if rank == 0:
+                records.write_json(path, record | outcome | {"metrics": {}, "ended": time.time()})
+            raise
+        record |= outcome | {
+            "curves": {key: records.thin(points) for key, points in state.curves.items()},
+            "steps": state.step,
+            "seconds": state.seconds,
+            "tokens_per_second": state.tokens / state.train_seconds if state.train_seconds else None,
+            "peak_memory": machine.peak_memory(device.type),
+            "parameters": state.parameters,
+            "ended": time.time(),
+        }
+        if rank == 0:
+            records.write_json(path, record)
+        _say(rank, f"{cfg.experiment} {name}: {_summary(record)}, see {path}")
+        return record["status"]
+
+
+@dataclasses.dataclass
+class _State:
+    """What a checkpoint holds beside model and optimiser."""
+
+    step: int = 0
+    seconds: float = 0.0
+    train_seconds: float = 0.0  # less evaluation and checkpoints
+    tokens: int = 0
+    parameters: int = 0
+    best: dict[str, float] = dataclasses.field(default_factory=dict)
+    last: dict[str, float] = dataclasses.field(default_factory=dict)
+    since_best: int = 0  # evaluations
+    curves: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
+
+    def add(self, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            self.curves.setdefault(key, []).append([self.step, round(self.seconds, 2), value])
+
+
+def _train(cfg: Run, name: str, folder: Path, device: torch.device, rank: int, world: int, build) -> _State:
+    keep_freed_memory()
+    torch.manual_seed(noise_seed(cfg.seed, 0))
+    task = build(cfg, device)
+    raw, train, steps = task.model, cfg.train, cfg.train.steps
+    optimizer = torch.optim.AdamW(
+        parameter_groups(raw, train.lr, train.weight_decay), betas=(0.9, train.beta2), fused=True
+    )
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
+    model = torch.compile(raw) if cfg.compile else raw
+    if world > 1:
+        model = DistributedDataParallel(model)
+
+    state, best_weights = _State(parameters=sum(p.numel() for p in raw.parameters())), None
+    saved = checkpoints.load(folder, device)
+    if saved is not None:
+        raw.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        state, best_weights = _State(**saved["state"]), saved["best_weights"]
+
+    def save() -> None:
+        if rank == 0:
+            parts = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            checkpoints.save(
+                folder, state.step, parts | {"state": dataclasses.asdict(state), "best_weights": best_weights}
+            )
+
+    def evaluate(split: str) -> dict[str, float]:
+        """On the first process, for all."""
+        values = [None]
+        if rank == 0:
+            raw.eval()
+            with torch.inference_mode(), _autocast(device, train.precision):
+                values = [{f"{split}_{key}": value for key, value in task.evaluate(raw, split).items()}]
+            raw.train()
+        if world > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    log_every = max(1, min(50, steps // 200))
+    batch = train.batch_size // (cfg.micro_batches * world)
+    log = tracking.start(cfg, name) if rank == 0 else tracking.Tracker()
+    progress = _Progress(cfg, folder, state.step, rank)
+    deadline = math.inf if cfg.budget is None else time.monotonic() + cfg.budget
+    began, clock = time.monotonic() - state.seconds, time.perf_counter()
+    saved_at, since, total = time.monotonic(), state.step, torch.zeros((), device=device)
+    raw.train()
+    with _told_to_stop() as stop, log, progress:
+        while state.step < steps and not (train.patience and state.since_best >= train.patience):
+            factor = lr_factor(train, state.step)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            torch.manual_seed(noise_seed(cfg.seed, state.step, rank))
+            parts = [part.split(batch)[rank::world] for part in task.batch(state.step)]
+            for i, part in enumerate(zip(*parts, strict=True)):
+                wait = world > 1 and i + 1 < cfg.micro_batches
+                with model.no_sync() if wait else contextlib.nullcontext():
+                    with _autocast(device, train.precision):
+                        loss = task.loss(model, part) / cfg.micro_batches
+                    scaler.scale(loss).backward()
+                total += loss.detach()
+            if train.clip is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(raw.parameters(), train.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            state.tokens += task.tokens
+
+            evaluating = state.step % cfg.eval.every == 0 or state.step == steps
+            if state.step % log_every and not evaluating:
+                continue
+            # The one place in the loop that waits for the device.
+            if world > 1:
+                dist.all_reduce(total, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
+                total /= 1 if device.type == "cuda" else world
+            mean = total.item() / (state.step - since)
+            total.zero_()
+            since = state.step
+            state.seconds = time.monotonic() - began
+            state.train_seconds += time.perf_counter() - clock
+            if not math.isfinite(mean):
+                raise Diverged(f"the training loss was {mean} at step {state.step}", state)
+            values = {"train_loss": mean}
+            if evaluating:
+                values |= evaluate("val")
+                state.last = {"step": state.step} | {k: v for k, v in values.items() if k != "train_loss"}
+                value, best = (v.get(f"val_{task.select}") for v in (values, state.best))
+                state.since_best += 1
+                if best is None or (value > best if task.maximize else value < best):
+                    state.best, state.since_best = dict(state.last), 0
+                    best_weights = copy.deepcopy(raw.state_dict())
+            state.add(values)
+            log.log(state.step, values | {"lr": train.lr * factor, "tokens": state.tokens})
+            progress.show(state.step, values)
+            over = time.monotonic() > deadline or stop.is_set
+            if _agree(over, world, any) or time.monotonic() - saved_at > cfg.checkpoint_every:
+                save()
+                saved_at = time.monotonic()
+            if _agree(over, world, any) and state.step < steps:
+                raise Paused(f"{'told to stop' if stop.is_set else 'out of budget'} at step {state.step} of {steps}")
+            clock = time.perf_counter()
+        save()
+        state.last |= evaluate("test")
+        weights = copy.deepcopy(raw.state_dict())
+        raw.load_state_dict(best_weights)
+        state.best |= evaluate("test")
+        raw.load_state_dict(weights)
+        state.seconds = time.monotonic() - began
+        log.finish(state.last, state.best)
+    return state
+
+
+def lr_factor(train: Any, step: int) -> float:
+    """Of the learning rate at a step: linear warm-up, then constant or a cosine down to min_lr at the last step."""
+    if step < train.warmup:
+        return (step + 1) / (train.warmup + 1)
+    if train.schedule == "constant":
+        return 1.0
+    progress = (step - train.warmup) / max(1, train.steps - train.warmup)
+    low = train.min_lr / train.lr
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what torch frees: else each large tensor is faulted in anew, at ten times the cost of writing it.
+
+    A training process is the project's own, so it may set its allocator; elsewhere than on Linux this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def _device(cfg: Run, rank: int) -> torch.device:
+    name = cfg.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device: expected one that is here, got {cfg.device!r} without a CUDA GPU")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    return device
+
+
+@contextlib.contextmanager
+def _processes(cfg: Run, rank: int, world: int) -> Iterator[None]:
+    """The group of processes that torchrun started."""
+    if world == 1:
+        yield
+        return
+    if cfg.train.batch_size % (cfg.micro_batches * world):
+        raise ValueError(
+            f"train.batch_size: expected a multiple of micro_batches={cfg.micro_batches} times {world} processes, "
+            f"got {cfg.train.batch_size}"
+        )
+    dist.init_process_group("nccl" if torch.cuda.is_available() and cfg.device != "cpu" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _agree(value: bool, world: int, how: Callable = all) -> bool:
+    """The same answer in every process."""
+    if world == 1:
+        return value
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    return how(values)
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[Any]:
+    """SIGTERM and SIGINT ask for a stop at the next checkpoint; a second SIGINT stops at once."""
+
+    class Stop:
+        is_set = False
+
+    def ask(number, frame):
+        if Stop.is_set and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        Stop.is_set = True
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread, which alone may set handlers
+        yield Stop
+        return
+    try:
+        yield Stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Progress:
+    """A bar for a person, and progress.json for a planner."""
+
+    def __init__(self, cfg: Run, folder: Path, step: int, rank: int):
+        self.steps, self.path, self.rank = cfg.train.steps, folder / "progress.json", rank
+        self.bar = tqdm(
+            total=cfg.train.steps, initial=step, desc=f"{cfg.model.name} seed {cfg.seed}", unit="step",
+            disable=not cfg.progress or rank > 0, dynamic_ncols=True,
+        )  # fmt: skip
+        self.first, self.began, self.shown, self.written = step, time.monotonic(), {}, 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        self.shown |= values
+        self.bar.set_postfix({k: f"{v:.3f}" for k, v in self.shown.items()}, refresh=False)
+        self.bar.update(step - self.bar.n)
+        now = time.monotonic()
+        if self.rank > 0 or (now - self.written < 2 and step < self.steps):
+            return
+        self.written, speed = now, (step - self.first) / (now - self.began)
+        left = {"steps_per_second": speed, "seconds_left": (self.steps - step) / speed if speed else None}
+        progress = {"step": step, "steps": self.steps, "loss": self.shown["train_loss"]}
+        records.write_json(self.path, progress | left)
+
+
+def _say(rank: int, text: str) -> None:
+    if rank == 0:
+        tqdm.write(text)
+
+
+def _summary(record: dict[str, Any]) -> str:
+    if record["status"] != "done":
+        return f"{record['status']}, {record['reason']}"
+    last = ", ".join(f"{k} {v:.4f}" for k, v in record["metrics"]["last"].items() if k.startswith("test_"))
+    return f"done in {record['seconds']:.0f} s, {last}"

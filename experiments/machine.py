@@ -1,0 +1,52 @@
+"""What a number was measured with: hardware, versions, commit."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def hardware(device: str) -> dict[str, object]:
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
+    facts = {"device": device, "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    facts["vector"] = torch.backends.cpu.get_cpu_capability()
+    if device == "cuda":
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return facts
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Of Python, torch, and the packages; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def commit(*folders: str) -> dict[str, object]:
+    """The commit, and whether the given folders are as it left them."""
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
+
+    head = git("rev-parse", "HEAD") or None
+    return {"commit": head, "clean": head is not None and not git("status", "--porcelain", *folders)}
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: allocated by torch on a GPU, resident in this process elsewhere."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,110 @@
+"""Recurrent networks as mixers: an RNN of `expansion * dim` units, then a projection back to `dim`."""
+
+import torch
+from torch import Tensor, nn
+
+from ..rnn import MinGRU, MinLSTM
+from .base import Mixer, State, like, no_weight_decay
+
+
+def units(dim: int, expansion: float) -> int:
+    """`expansion * dim`, which must be a whole number of units."""
+    width = expansion * dim
+    if width < 1 or width != int(width):
+        raise ValueError(f"expansion: expected expansion * dim to be a whole number, got {expansion} * {dim} = {width}")
+    return int(width)
+
+
+def g(x: Tensor) -> Tensor:
+    """The paper's activation of candidates, g(x) = x + 0.5 for x >= 0, else sigmoid(x) (arXiv 2410.01201, B)."""
+    return torch.where(x >= 0, x + 0.5, torch.sigmoid(x))
+
+
+class _MinRNNMixer(Mixer):
+    """minGRU or minLSTM with an initial state that is learned, and a projection.
+
+    The layout of the authors' public code (BorealisAI/minRNNs ff52e9d, models/minRNNs.py): the initial state is
+    g(p) with p ~ N(0, 1), and the weights of gates and candidate do not decay.
+    """
+
+    rnn: MinGRU | MinLSTM
+
+    def __init__(self, dim: int, expansion: float, rnn: type[nn.Module], **settings):
+        super().__init__()
+        self.dim = dim
+        self.rnn = rnn(dim, units(dim, expansion), batch_first=True, **settings)
+        self.initial = nn.Parameter(torch.randn(self.rnn.hidden_size))
+        self.out = nn.Linear(self.rnn.hidden_size, dim)
+        no_weight_decay(self.rnn.weight_ih_l0, self.rnn.bias_ih_l0)
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
+        h0 = self.initial_state(x.shape[0]) if state is None else state
+        h, h_n = self.rnn(x, h0.to(x.dtype).unsqueeze(0))  # they differ under autocast only
+        return self.out(h), None if state is None else h_n[0].to(state.dtype)
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        h = self.rnn.step(x_t, state.to(x_t.dtype).unsqueeze(0))[0]
+        return self.out(h), h.to(state.dtype)
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        """(B, expansion * dim)."""
+        return g(self.initial).expand(batch_size, -1)
+
+
+class MinGRUMixer(_MinRNNMixer):
+    """minGRU (`minrnn.MinGRU`) of `expansion * dim` units with a learned initial state, and a projection to dim."""
+
+    def __init__(self, dim: int, expansion: float = 6):
+        super().__init__(dim, expansion, MinGRU)
+
+
+class MinLSTMMixer(_MinRNNMixer):
+    """minLSTM (`minrnn.MinLSTM`) of `expansion * dim` units with a learned initial state, and a projection to dim.
+
+    The defaults are the paper's; normalize_gates=False with forget_bias=3 is what the authors' public code does.
+    """
+
+    def __init__(self, dim: int, expansion: float = 6, normalize_gates: bool = True, forget_bias: float = 0):
+        super().__init__(dim, expansion, MinLSTM, normalize_gates=normalize_gates, forget_bias=forget_bias)
+
+
+class _TorchRNNMixer(Mixer):
+    """torch's own recurrent layer (cuDNN's on a GPU), which starts from zeros, and a projection."""
+
+    def __init__(self, dim: int, expansion: float, rnn: type[nn.Module], states: int):
+        super().__init__()
+        self.dim = dim
+        self.rnn = rnn(dim, units(dim, expansion), batch_first=True)
+        self.out = nn.Linear(self.rnn.hidden_size, dim)
+        self.states = states
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
+        if state is None:
+            return self.out(self.rnn(x)[0]), None
+        # torch's layers want (L, B, H), contiguous.
+        hx = tuple(h.unsqueeze(0).contiguous() for h in (state if self.states > 1 else (state,)))
+        h, h_n = self.rnn(x, hx if self.states > 1 else hx[0])
+        return self.out(h), tuple(s[0] for s in h_n) if self.states > 1 else h_n[0]
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        y, state = self.forward(x_t.unsqueeze(1), state)
+        return y.squeeze(1), state
+
+    def initial_state(self, batch_size: int) -> State:
+        """h of (B, expansion * dim); for LSTM the pair (h, c)."""
+        h = like(self.out.weight, batch_size, self.rnn.hidden_size)
+        return (h, h) if self.states > 1 else h
+
+
+class GRUMixer(_TorchRNNMixer):
+    """torch.nn.GRU of `expansion * dim` units and a projection to dim."""
+
+    def __init__(self, dim: int, expansion: float = 1):
+        super().__init__(dim, expansion, nn.GRU, 1)
+
+
+class LSTMMixer(_TorchRNNMixer):
+    """torch.nn.LSTM of `expansion * dim` units and a projection to dim."""
+
+    def __init__(self, dim: int, expansion: float = 1):
+        super().__init__(dim, expansion, nn.LSTM, 2)
