@@ -1,12 +1,8 @@
 """Timing, the machine's own limit, and the check that comes before any number."""
 
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -48,28 +44,3 @@ def copy_bandwidth(device: str) -> float:
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     expected = expected.double()
     return ((actual.double() - expected).norm() / expected.norm()).item()
-
-
-def hardware(device: str) -> dict[str, object]:
-    import numba
-
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
-    facts = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    facts |= {"python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__}
-    facts["vector"] = torch.backends.cpu.get_cpu_capability()
-    if device == "cuda":
-        import triton
-
-        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
-    return facts
-
-
-def commit() -> dict[str, object]:
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
-
-    clean = not git("status", "--porcelain", "minrnn", "benchmarks")
-    return {"commit": git("rev-parse", "HEAD") or None, "clean": clean}

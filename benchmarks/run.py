@@ -1,6 +1,6 @@
 """`make bench`: scans and layers on this machine, against their peers and against the machine's copy limit.
 
-    python -m benchmarks.run [cpu|cuda] [--only kernels layers precision]
+    python -m benchmarks.run [cpu|cuda] [--only kernels layers precision training]
 
 Every case, the peers' too, is first checked against the float64 loop; one of ours that is wrong stops the
 benchmark, a peer's that is wrong or fails is named so and not timed. Peers that are not installed are left out.
@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 
 import minrnn
+from experiments.machine import commit, hardware, versions
 from minrnn.ops.cells import CELLS
 from minrnn.ops.scan import scan
 
 from . import tables
-from .measure import commit, copy_bandwidth, hardware, relative_error, seconds, summary
+from .measure import copy_bandwidth, relative_error, seconds, summary
+from .training import training
 
 RESULTS = Path("results/bench")
 KERNEL_SHAPES = {
@@ -241,7 +243,7 @@ def precision(device: str) -> list[dict]:
     return rows
 
 
-PARTS = {"precision": precision, "kernels": kernels, "layers": layers}
+PARTS = {"precision": precision, "kernels": kernels, "layers": layers, "training": training}
 
 
 def main() -> None:
@@ -252,10 +254,11 @@ def main() -> None:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     path = RESULTS / f"{device}.json"
+    facts = hardware(device) | versions("numba", "triton")
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in arguments.only:
         print(f"\n{name} on {device}", flush=True)
-        results[name] = {"rows": PARTS[name](device), "hardware": hardware(device), **commit()}
+        results[name] = {"rows": PARTS[name](device), "hardware": facts, **commit("minrnn", "benchmarks")}
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.with_suffix(".tmp")  # a run that is killed leaves the old results
         whole.write_text(json.dumps(results, indent=1) + "\n")

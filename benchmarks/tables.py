@@ -106,6 +106,17 @@ def precision_table(rows: list[dict]) -> str:
     return markdown(["T", *(f"{dtype}, {names[backend]}" for dtype, backend in kinds)], body)
 
 
+def training_table(rows: list[dict]) -> str:
+    peers = sorted({name for row in rows for name in peers_of(row)} - {"scans"})
+    body = []
+    for row in rows:
+        ours = row["minrnn"]
+        hours = 400_000 * ours["median_ms"] / 3.6e6
+        cells = [shape(row["shape"]), ms(ours), f"{row['scans']['min_ms'] / ours['min_ms']:.2f}", f"{hours:.1f}"]
+        body.append(cells + [f"{ms(row[n])} ({speedup(row[n], ours):.1f} x)" if n in row else "" for n in peers])
+    return markdown(["(batch, T)", "minGRU, ms", "of it in the scan", "400k steps, hours", *peers], body)
+
+
 def long_rows(part: str, rows: list[dict]):
     """One line a number: row, column, metric, value."""
     for row in rows:
@@ -113,11 +124,11 @@ def long_rows(part: str, rows: list[dict]):
             for metric in ("error", "worst"):
                 yield f"T={row['T']}", f"{row['dtype']} {row['backend']}", f"relative {metric}", row[metric]
             continue
-        key = f"{row.get('cell', 'layer')} {shape(row['shape'])} {row['dtype']}"
+        key = f"{row.get('cell', part.removesuffix('s'))} {shape(row['shape'])} {row['dtype']}"
         for name, value in row.items():
             if not isinstance(value, dict):
                 continue
-            timings = {"both": value} if part == "layers" else value
+            timings = value if part == "kernels" else {"both": value}
             for phase, timing in timings.items():
                 if phase == "failed":
                     yield key, name, "failed", timing
@@ -147,8 +158,11 @@ CAPTIONS = {
     "layers": "One layer, forward + backward to the parameters, ms, minimum / median; in brackets the ratio to MinGRU.",
     "precision": "Relative error of minGRU's states against the float64 loop (normal pre-activations, 64 channels). "
     "16 bits: inputs and result in that type; the log-space form then computes in it throughout.",
+    "training": "A training step of selective copying at the paper's size (3 layers, 64 wide, expansion 6, 64 sequences "
+    "in two micro-batches of 32): forward, loss, backward, clipping, AdamW; ms, minimum / median; in brackets the "
+    "ratio to minGRU. minGRU-pytorch: its layer in the same backbone.",
 }
-TABLE = {"kernels": kernel_table, "layers": layer_table, "precision": precision_table}
+TABLE = {"kernels": kernel_table, "layers": layer_table, "precision": precision_table, "training": training_table}
 
 
 def main() -> None:

@@ -27,8 +27,8 @@ class Model:
     def __post_init__(self):
         positive(self, "model", "dim", "layers")
 
-    def mixer(self) -> dict[str, Any]:
-        """What `minrnn.mixers.make` takes."""
+    def mixer(self, length: int) -> dict[str, Any]:
+        """What `minrnn.mixers.make` takes, for sequences of this length."""
         return {key: value for key, value in asdict(self).items() if key not in ("dim", "layers")}
 
 
@@ -66,6 +66,9 @@ class SSM(Model):
         super().__post_init__()
         one_of(self, "model", "inner", ("s4", "s4d", "s6", "hyena"))
         one_of(self, "model", "wrapping", ("none", "h3", "mamba"))
+
+    def mixer(self, length: int) -> dict[str, Any]:
+        return super().mixer(length) | ({"max_len": length} if self.inner == "hyena" else {})
 
 
 MODELS = {"mingru": MinGRU, "minlstm": MinLSTM, "gru": RNN, "lstm": RNN, "ssm": SSM}

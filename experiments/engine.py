@@ -6,12 +6,10 @@ with the numbers of one that was not (bit for bit on a CPU with the same number 
 
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import math
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -146,7 +144,7 @@ class _State:
 
 
 def _train(cfg: Run, name: str, folder: Path, device: torch.device, rank: int, world: int, build) -> _State:
-    keep_freed_memory()
+    machine.keep_freed_memory()
     torch.manual_seed(noise_seed(cfg.seed, 0))
     task = build(cfg, device)
     raw, train, steps = task.model, cfg.train, cfg.train.steps
@@ -270,20 +268,6 @@ def lr_factor(train: Any, step: int) -> float:
     progress = (step - train.warmup) / max(1, train.steps - train.warmup)
     low = train.min_lr / train.lr
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what torch frees: else each large tensor is faulted in anew, at ten times the cost of writing it.
-
-    A training process is the project's own, so it may set its allocator; elsewhere than on Linux this does nothing.
-    """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -1,5 +1,6 @@
 """What a number was measured with: hardware, versions, commit."""
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -50,3 +51,17 @@ def peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what torch frees: else each large tensor is faulted in anew, at ten times the cost of writing it.
+
+    A training process is the project's own, so it may set its allocator; elsewhere than on Linux this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)

@@ -56,13 +56,14 @@ def evaluate(cfg: SelectiveCopy, device: torch.device, model: nn.Module, split: 
 
 
 def task(cfg: SelectiveCopy, device: torch.device) -> engine.Task:
-    model = TokenModel(cfg.data.vocab, cfg.data.vocab, cfg.model.dim, cfg.model.layers, make(**cfg.model.mixer()))
+    length, vocab = cfg.data.length + cfg.data.tokens, cfg.data.vocab
+    model = TokenModel(vocab, vocab, cfg.model.dim, cfg.model.layers, make(**cfg.model.mixer(length)))
     return engine.Task(
         model=model.to(device),
         batch=lambda step: sequences(cfg.data, cfg.train.batch_size, train_seed(cfg.seed, step), device),
         loss=loss,
         evaluate=partial(evaluate, cfg, device),
-        tokens=cfg.train.batch_size * (cfg.data.length + cfg.data.tokens),
+        tokens=cfg.train.batch_size * length,
     )
 
 

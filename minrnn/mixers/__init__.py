@@ -5,9 +5,20 @@ from functools import partial
 from typing import Any
 
 from .base import Mixer
+from .hyena import Hyena
 from .recurrent import GRUMixer, LSTMMixer, MinGRUMixer, MinLSTMMixer
+from .s4 import S4, S4D
+from .s6 import S6
+from .wrappings import H3, Mamba, Ungated
 
-__all__ = ["GRUMixer", "LSTMMixer", "MinGRUMixer", "MinLSTMMixer", "Mixer", "make"]
+__all__ = [
+    "GRUMixer", "H3", "Hyena", "LSTMMixer", "Mamba", "MinGRUMixer", "MinLSTMMixer", "Mixer", "S4", "S4D", "S6",
+    "Ungated", "make",
+]  # fmt: skip
+
+MIXERS = {"mingru": MinGRUMixer, "minlstm": MinLSTMMixer, "gru": GRUMixer, "lstm": LSTMMixer}
+INNER = {"s4": S4, "s4d": S4D, "s6": S6, "hyena": Hyena}
+WRAPPINGS = {"none": Ungated, "h3": H3, "mamba": Mamba}
 
 
 def make(name: str, **settings: Any) -> Callable[[int], Mixer]:
@@ -23,11 +34,6 @@ def make(name: str, **settings: Any) -> Callable[[int], Mixer]:
         wrapping, inner = settings.pop("wrapping"), settings.pop("inner")
         return partial(_pick("wrapping", WRAPPINGS, wrapping), inner=partial(_pick("inner", INNER, inner), **settings))
     return partial(_pick("name", MIXERS, name), **settings)
-
-
-MIXERS = {"mingru": MinGRUMixer, "minlstm": MinLSTMMixer, "gru": GRUMixer, "lstm": LSTMMixer}
-INNER = {}
-WRAPPINGS = {}
 
 
 def _pick(argument: str, choices: dict[str, Any], name: str) -> Any:
