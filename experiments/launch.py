@@ -50,6 +50,11 @@ def compose(experiment: str, overrides: list[str]) -> dict[str, Any]:
     return OmegaConf.to_container(_compose(experiment, overrides), resolve=True)
 
 
+def resolve(experiment: str, overrides: list[str]) -> config.Run:
+    """The same as the typed object that a runner takes, its values checked."""
+    return OmegaConf.to_object(_compose(experiment, overrides))
+
+
 def _compose(experiment: str, overrides: list[str]) -> DictConfig:
     config.register()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS / experiment)):
@@ -74,7 +79,7 @@ def check(experiment: str, overrides: list[str]) -> None:
             near = difflib.get_close_matches(key, [*known, *GROUPS], n=1, cutoff=0)[0]
             raise ValueError(f"{key}: no such setting; the nearest is {near}")
     if not any(override.is_sweep_override() for override in parsed):
-        OmegaConf.to_object(_compose(experiment, overrides))
+        resolve(experiment, overrides)
 
 
 def _first(override: Any) -> str:

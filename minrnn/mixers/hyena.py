@@ -1,0 +1,98 @@
+"""The long convolution of Hyena (Poli et al., arXiv 2302.10866), as an inner layer."""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Mixer, State, no_weight_decay
+
+# The window falls to TARGET at FAST * max_len in the fastest channel and at SLOW * max_len in the slowest.
+FAST, SLOW, TARGET = 0.3, 1.5, 1e-2
+NO_STATE = "Hyena has no recurrent form: its filter has no end, so every step reads all inputs before it"
+
+
+class Hyena(Mixer):
+    """y_t = sum_s k_s x_{t-s} + D x_t, with the filter k an MLP of the position s times an exponential window.
+
+    Sections 3.3 and 3.4 of the paper; the settings are those of its synthetic tasks at
+    https://github.com/HazyResearch/safari (src/models/sequence/hyena.py and, for width, bands and frequency,
+    configs/experiment/synthetics/associative_recall/hyena-131k-30vs.yaml). The gates, the short convolution and
+    the projections of the published operator belong to what surrounds this layer (`wrappings.H3`).
+
+    The output at t reads every input before it, so there is no recurrent form: no state, no `step`.
+
+    Args:
+        max_len: the longest sequence. Positions are measured in it, whatever the length of a call, so it should be
+            near the lengths in use: a filter of a far larger scale is almost constant over them.
+        width: the hidden width of the MLP, which has three hidden layers.
+        bands: the sines and cosines of the position that the MLP sees.
+        frequency: what the sine activations begin with; learned.
+        shift: what the window falls to instead of zero.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        max_len: int = 1024,
+        width: int = 64,
+        bands: int = 2,
+        frequency: float = 10.0,
+        shift: float = 0.0,
+    ):
+        super().__init__()
+        if max_len < 1:
+            raise ValueError(f"max_len: expected a positive int, got {max_len}")
+        if bands < 1:
+            raise ValueError(f"bands: expected a positive int, got {bands}")
+        self.dim = dim
+        self.max_len = max_len
+        self.bands = bands
+        self.shift = shift
+        self.hidden = nn.ModuleList([nn.Linear(1 + 2 * bands, width), nn.Linear(width, width), nn.Linear(width, width)])
+        self.frequency = nn.Parameter(torch.full((width,), frequency))  # one for all three layers, as published
+        self.out = nn.Linear(width, dim, bias=False)
+        self.D = nn.Parameter(torch.randn(dim))
+        no_weight_decay(*self.hidden.parameters(), self.frequency, *self.out.parameters())
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, None]:
+        """As `Mixer.forward`, for T up to max_len and without a state."""
+        if state is not None:
+            raise NotImplementedError(NO_STATE)
+        T = x.shape[1]
+        if T > self.max_len:
+            raise ValueError(f"x: expected at most max_len={self.max_len} steps, got {T}")
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            u = x.to(torch.promote_types(x.dtype, torch.float32))
+            n = _fft_length(2 * T)  # at least 2 T - 1, so that nothing wraps round
+            k = torch.fft.rfft(self.filter(T).to(u.dtype), n, dim=0)
+            y = torch.fft.irfft(torch.fft.rfft(u, n, dim=1) * k, n, dim=1)[:, :T] + self.D * u
+        return y.to(x.dtype), None
+
+    def filter(self, T: int) -> Tensor:
+        """(T, dim): the first T taps, float32 or wider. Those of a shorter filter are the first of a longer one."""
+        dtype = torch.promote_types(self.D.dtype, torch.float32)
+        linspace = partial(torch.linspace, device=self.D.device, dtype=dtype)
+        t = torch.arange(T, device=self.D.device, dtype=dtype)[:, None]
+        angles = 2 * math.pi / self.max_len * t * linspace(1e-4, self.bands - 1, self.bands)
+        t = t / max(1, self.max_len - 1)
+        k = torch.cat([t, angles.cos(), -angles.sin()], -1)
+        for layer in self.hidden:
+            k = torch.sin(self.frequency * F.linear(k, layer.weight.to(dtype), layer.bias.to(dtype)))
+        k = F.linear(k, self.out.weight.to(dtype))
+        rates = -math.log(TARGET) * linspace(1 / SLOW, 1 / FAST, self.dim)
+        return k * (torch.exp(-t * rates) + self.shift)
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        raise NotImplementedError(NO_STATE)
+
+    def initial_state(self, batch_size: int) -> State:
+        raise NotImplementedError(NO_STATE)
+
+
+def _fft_length(n: int) -> int:
+    """The next 4, 5, 6 or 7 times a power of two: lengths with large prime factors are slow."""
+    unit = 1 << max(0, (n - 1).bit_length() - 3)
+    return -(-n // unit) * unit

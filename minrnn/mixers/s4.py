@@ -1,0 +1,309 @@
+"""S4 and S4D: time-invariant state space layers, the baselines "S4" of Mamba's Table 1.
+
+B batch, T time, D channels, M = state_size / 2: of each pair of conjugate modes only one is kept. Every channel is a
+system of its own, with one input and one output, and real although its modes are complex.
+
+Both are computed from one thing: the response Re sum_n l_n a_n^t r_n of diagonal modes. With t = m q + r it is a
+product of two small matrices, (Q, M) by (M, m) with Q and m near sqrt(T), so no (D, M, T) tensor is ever made. These
+small tensors are complex128 whatever the parameters are: they cost little beside the convolution, powers up to T
+amplify rounding, S4's feedback cancels digits, and no TF32 setting touches float64.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Mixer, no_weight_decay
+
+
+def _powers(a: Tensor, n: int) -> Tensor:
+    """(..., n): a^0, ..., a^(n-1). By products, since log(a) has none for a = 0."""
+    a = a.unsqueeze(-1)
+    powers = torch.ones_like(a)
+    while powers.shape[-1] < n:
+        powers, a = torch.cat((powers, powers * a), -1), a * a
+    return powers[..., :n]
+
+
+def _blocked_powers(a: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """(..., m) and (..., Q), Q m >= T: a^(m q + r) = first[r] * second[q]."""
+    m = 1 << ((T - 1).bit_length() + 1) // 2
+    first = _powers(a, m)
+    return first, _powers(first[..., -1] * a, -(-T // m))
+
+
+def _response(a: Tensor, left: Tensor, right: Tensor, T: int) -> Tensor:
+    """Re sum_n left a^t right for t < T: (D, M), (I, D, M), (J, D, M) -> (I, J, D, T)."""
+    first, second = _blocked_powers(a, T)
+    rows = torch.view_as_real(left.unsqueeze(-1) * first)
+    columns = torch.view_as_real((right.unsqueeze(-1) * second).conj_physical())
+    return torch.einsum("jdnqc,idnrc->ijdqr", columns, rows).flatten(-2)[..., :T]  # Re(u v) = (conj u) . v as pairs
+
+
+def _collect(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
+    """The state sum_t a^(T-1-t) b u_t of diagonal modes: (D, M), (D, M), real (B, D, T) -> (B, D, M)."""
+    T = u.shape[-1]
+    first, second = _blocked_powers(a, T)
+    m, Q = first.shape[-1], second.shape[-1]
+    blocks = F.pad(u.flip(-1), (0, Q * m - T)).unflatten(-1, (Q, m))
+    inner = torch.einsum("bdqr,dnrc->bdqnc", blocks, torch.view_as_real(first))  # u is real: half of the work
+    return b * torch.einsum("bdqn,dnq->bdn", torch.view_as_complex(inner), second)
+
+
+def _evolve(a: Tensor, h: Tensor, T: int) -> Tensor:
+    """a^T h."""
+    first, second = _blocked_powers(a, T)
+    return first[..., (T - 1) % first.shape[-1]] * second[..., -1] * a * h
+
+
+def _convolve(u: Tensor, k: Tensor) -> Tensor:
+    """Causal: (..., T), (..., T) -> (..., T)."""
+    T = u.shape[-1]
+    unit = 1 << max(0, (2 * T).bit_length() - 4)  # only factors up to 15 beside twos: 2T itself may have a slow FFT
+    n = -(-2 * T // unit) * unit
+    return torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(k, n), n)[..., :T]
+
+
+def _delay(k: Tensor) -> Tensor:
+    """(..., T): one step later."""
+    return F.pad(k, (1, 0))[..., :-1]
+
+
+def _feed_back(k: Tensor, u: Tensor) -> Tensor:
+    """The w of w_t + sum_{j<t} k_{t-1-j} w_j = u_t: (D, T), (..., D, T) -> (..., D, T).
+
+    That is division by the power series 1 + z k(z). Newton's iteration doubles the length of its inverse each time.
+    """
+    T = k.shape[-1]
+    g = F.pad(k, (1, 0), value=1.0)[..., :T]
+    inverse = torch.ones_like(k[..., :1])
+    while (n := inverse.shape[-1]) < T:
+        n = min(2 * n, T)
+        padded = F.pad(inverse, (0, n - inverse.shape[-1]))
+        inverse = 2 * padded - _convolve(padded, _convolve(padded, g[..., :n]))
+    return _convolve(u, inverse)
+
+
+class _StateSpace(Mixer):
+    """y = the system's response to x + D x. What S4 and S4D share: all but A, B and the discretisation."""
+
+    def __init__(self, dim: int, state_size: int, dt_min: float, dt_max: float):
+        super().__init__()
+        for name, value in {"dim": dim, "state_size": state_size}.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+            if value <= 0:
+                raise ValueError(f"{name}: expected a positive int, got {value}")
+        if state_size % 2:
+            raise ValueError(f"state_size: expected an even int (modes come in conjugate pairs), got {state_size}")
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
+        self.dim = dim
+        self.state_size = state_size
+        # Complex parameters are kept as pairs of reals: module.double() and .to(dtype) leave or break complex ones.
+        self.log_dt = nn.Parameter(torch.empty(dim).uniform_(math.log(dt_min), math.log(dt_max)))
+        self.C = nn.Parameter(torch.randn(dim, state_size // 2, 2) / math.sqrt(2))
+        self.D = nn.Parameter(torch.randn(dim))
+        no_weight_decay(self.D)
+
+    def _small_steps(self, *parameters: nn.Parameter) -> None:
+        """The dynamics are neither decayed nor trained faster than 1e-3, as the authors train them."""
+        no_weight_decay(*parameters)
+        for parameter in parameters:
+            parameter.lr_max = 1e-3
+
+    def _discretise(self) -> tuple[Tensor, ...]:
+        """(D, M) complex128 each: a, b, c and whatever else `_advance` needs."""
+        raise NotImplementedError
+
+    def _kernel(self, T: int) -> Tensor:
+        """(D, T) float64: the response to 1, 0, 0, ... without D."""
+        raise NotImplementedError
+
+    def _run(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, D, T) float64, (B, D, M) complex128 -> y without D x, the state after the last step."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _advance(system: tuple[Tensor, ...], x_t: Tensor, h: Tensor) -> Tensor:
+        """(B, D, 1), (B, D, M) -> the next state."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """See `Mixer.forward`. The convolution is in fp32, or float64 where x or the parameters are.
+
+        With a state all of it is in float64, since S4's feedback cancels digits: three to twelve times slower, which
+        no training asks for.
+
+        Args:
+            x: (B, T, D), T >= 1.
+            state: (B, D, M) complex, or None.
+        """
+        if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.dim:
+            raise ValueError(f"x: expected shape (B, T >= 1, {self.dim}), got {tuple(x.shape)}")
+        self._check_state(state, x.shape[0])
+        wide = torch.promote_types(torch.promote_types(x.dtype, self.D.dtype), torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            u = x.transpose(1, 2)
+            if state is None:
+                y = _convolve(u.to(wide), self._kernel(x.shape[1]).to(wide))
+            else:
+                y, h = self._run(u.double(), state.to(torch.complex128))
+                y, state = y.to(wide), h.to(state.dtype)
+            return (y.transpose(1, 2) + self.D.to(wide) * x).to(x.dtype), state
+
+    def step(self, x_t: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Mixer.step`. Discretises anew in every call: 0.1 ms of 0.3 (B = 32, D = 64, one CPU core).
+
+        Args:
+            x_t: (B, D).
+            state: (B, D, M) complex.
+        """
+        if x_t.dim() != 2 or x_t.shape[1] != self.dim:
+            raise ValueError(f"x_t: expected shape (B, {self.dim}), got {tuple(x_t.shape)}")
+        self._check_state(state, x_t.shape[0])
+        with torch.autocast(x_t.device.type, enabled=False):
+            system = tuple(part.to(state.dtype) for part in self._discretise())
+            wide = x_t.to(state.real.dtype)
+            state = self._advance(system, wide.unsqueeze(-1), state)
+            y = (system[2] * state).real.sum(-1) + self.D.to(wide.dtype) * wide
+            return y.to(x_t.dtype), state
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        """(B, D, M) complex: zeros."""
+        dtype = torch.promote_types(self.C.dtype, torch.complex64)
+        return torch.zeros(batch_size, self.dim, self.state_size // 2, dtype=dtype, device=self.C.device)
+
+    def _check_state(self, state: Tensor | None, batch_size: int) -> None:
+        expected = (batch_size, self.dim, self.state_size // 2)
+        if state is not None and (state.shape != expected or not state.is_complex()):
+            raise ValueError(f"state: expected complex {expected}, got {state.dtype} {tuple(state.shape)}")
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, state_size={self.state_size}"
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    """(..., 2) -> (...) complex128."""
+    return torch.view_as_complex(pairs.double())
+
+
+class S4D(_StateSpace):
+    """The diagonal state space layer, S4D-Lin (arXiv 2206.11893, section 4; its section 5 compares the choices).
+
+        h' = A h + x,   y = 2 Re(C h) + D x,   A = -exp(log_A_real) + i A_imag
+
+    discretised by zero-order hold with a step of its own for each channel. As in the authors' listing
+    (https://github.com/state-spaces/s4/blob/2ed46fcf77f2392145ceb801a553367c9111675a/models/s4/s4d.py): A_n starts
+    at -1/2 + i pi n, B is 1 since C can stand for it, log dt is uniform, C and D are normal. log_dt and A are not
+    decayed and their lr_max is 1e-3; C is an ordinary parameter, D is not decayed.
+
+    Args:
+        dim: D.
+        state_size: N = 2M, the real size of each channel's state.
+        dt_min, dt_max: the range of the initial steps.
+    """
+
+    def __init__(self, dim: int, state_size: int = 64, dt_min: float = 1e-3, dt_max: float = 1e-1):
+        super().__init__(dim, state_size, dt_min, dt_max)
+        modes = state_size // 2
+        self.log_A_real = nn.Parameter(torch.full((dim, modes), math.log(0.5)))
+        self.A_imag = nn.Parameter((math.pi * torch.arange(modes)).repeat(dim, 1))
+        self._small_steps(self.log_dt, self.log_A_real, self.A_imag)
+
+    def _discretise(self) -> tuple[Tensor, ...]:
+        A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
+        a = (self.log_dt.double().exp().unsqueeze(-1) * A).exp()
+        return a, (a - 1) / A, 2 * _complex(self.C)
+
+    def _kernel(self, T: int) -> Tensor:
+        a, b, c = self._discretise()
+        return _response(a, c[None], b[None], T)[0, 0]
+
+    def _run(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, c = self._discretise()
+        T = x.shape[-1]
+        y = _convolve(x, _response(a, c[None], b[None], T)[0, 0]) + _response(a, (c * a)[None], h, T)[0]
+        return y, _evolve(a, h, T) + _collect(a, b, x)
+
+    @staticmethod
+    def _advance(system: tuple[Tensor, ...], x_t: Tensor, h: Tensor) -> Tensor:
+        a, b, _ = system
+        return a * h + b * x_t
+
+
+def _legs(state_size: int) -> tuple[Tensor, Tensor]:
+    """HiPPO-LegS as (imaginary parts of Lambda, B), (M,) float64 each; the real parts are -1/2 and P = B / sqrt(2).
+
+    With p_n = sqrt(n + 1/2) the matrix is S - 1/2 - p p^T, S skew (arXiv 2111.00396, appendix C.1), and
+    sqrt(2) p is its input vector. An eigenvector's phase is free: here it makes B real and positive.
+    """
+    p = (torch.arange(state_size, dtype=torch.float64) + 0.5).sqrt()
+    pp = torch.outer(p, p)
+    omega, V = torch.linalg.eigh(-1j * (pp.triu(1) - pp.tril(-1)))
+    upper = slice(state_size // 2, None)  # in ascending order: the positive half of the conjugate pairs
+    return omega[upper], (V[:, upper].mH @ (math.sqrt(2) * p).to(V.dtype)).abs()
+
+
+class S4(_StateSpace):
+    """The structured state space layer with the HiPPO-LegS matrix (arXiv 2111.00396, section 3).
+
+        h' = A h + B x,   y = 2 Re(C h) + D x,   A h = Lambda h - P 2 Re(P^* h),   Lambda = -exp(log_A_real) + i A_imag
+
+    discretised by the bilinear transform with a step of its own for each channel. The two low-rank factors are tied,
+    which keeps A stable (arXiv 2202.09729, on stabilising S4). Lambda, P, B and dt belong to each channel alone. They
+    are not decayed and their lr_max is 1e-3; C is an ordinary parameter, normal at first; D is not decayed.
+
+    The discrete matrix is again diagonal plus rank one: h_t = a h_{t-1} - p w_t + b x_t with w_t = Re(q h_{t-1}), a
+    diagonal system with one feedback w. Hence the paper's Woodbury identity with the four generating functions,
+    K(z) = k_cb(z) - k_cp(z) (1 + z k_qp(z))^-1 z k_qb(z). The paper evaluates it at the roots of unity, where it is
+    the infinite kernel folded to length T, and so trains C (I - A^T) for one T. Here the four are truncated power
+    series and the division is one of series: exact for every T with C itself as the parameter, the same system
+    in `step`, and cheaper for these sizes than the T-th power of a dense matrix.
+
+    Args:
+        dim: D.
+        state_size: N = 2M, the real size of each channel's state.
+        dt_min, dt_max: the range of the initial steps, uniform in log dt.
+    """
+
+    def __init__(self, dim: int, state_size: int = 64, dt_min: float = 1e-3, dt_max: float = 1e-1):
+        super().__init__(dim, state_size, dt_min, dt_max)
+        omega, B = (part.to(self.D.dtype).repeat(dim, 1) for part in _legs(state_size))
+        self.log_A_real = nn.Parameter(torch.full_like(omega, math.log(0.5)))
+        self.A_imag = nn.Parameter(omega)
+        self.B = nn.Parameter(torch.stack((B, torch.zeros_like(B)), -1))
+        self.P = nn.Parameter(self.B.detach() / math.sqrt(2))
+        self._small_steps(self.log_dt, self.log_A_real, self.A_imag, self.B, self.P)
+
+    def _discretise(self) -> tuple[Tensor, ...]:
+        """a, b, c, p, q. With E = I - (dt/2) A the bilinear transform is 2 E^-1 - I and E^-1 dt B."""
+        half_dt = self.log_dt.double().exp().unsqueeze(-1) / 2
+        A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
+        B, P = _complex(self.B), _complex(self.P)
+        d = 1 / (1 - half_dt * A)
+        q = 2 * P.conj() * d
+        p = 2 * half_dt * d * P / (1 + half_dt * (q * P).real.sum(-1, keepdim=True))
+        b = 2 * half_dt * d * B - half_dt * p * (q * B).real.sum(-1, keepdim=True)
+        return 2 * d - 1, b, 2 * _complex(self.C), p, q
+
+    def _kernel(self, T: int) -> Tensor:
+        a, b, c, p, q = self._discretise()
+        (cb, cp), (qb, qp) = _response(a, torch.stack((c, q)), torch.stack((b, p)), T)
+        return cb - _convolve(cp, _feed_back(qp, _delay(qb)))
+
+    def _run(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, c, p, q = self._discretise()
+        T = x.shape[-1]
+        (cb, cp), (qb, qp) = _response(a, torch.stack((c, q)), torch.stack((b, p)), T)
+        y_free, w_free = _response(a, torch.stack((c * a, q)), h, T)
+        w = _feed_back(qp, w_free + _convolve(x, _delay(qb)))
+        y = y_free + _convolve(x, cb) - _convolve(w, cp)
+        return y, _evolve(a, h, T) + _collect(a, b, x) - _collect(a, p, w)
+
+    @staticmethod
+    def _advance(system: tuple[Tensor, ...], x_t: Tensor, h: Tensor) -> Tensor:
+        a, b, _, p, q = system
+        return a * h - p * (q * h).real.sum(-1, keepdim=True) + b * x_t

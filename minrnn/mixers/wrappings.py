@@ -1,0 +1,144 @@
+"""What surrounds an inner layer in a block: the architectures of Mamba's table 1 (arXiv 2312.00752, section 4.1).
+
+Every wrapping takes `inner`, a callable from a width to a Mixer: a class, or functools.partial(S6, state_size=8).
+Its state is a tuple that ends with the inner layer's; it is recurrent where the inner layer is.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Mixer, State, like
+
+
+class CausalConv(Mixer):
+    """One filter of `size` taps for every channel, with a bias: y_t = bias + sum_k weight_k x_{t - size + 1 + k}.
+
+    The same as torch.nn.Conv1d(dim, dim, size, groups=dim) over a sequence with size - 1 zeros before it, and
+    initialised like that. The weight is (size, dim), time first, which needs no transposed copy of the sequence.
+    The state is the last size - 1 inputs, (B, size - 1, dim).
+    """
+
+    def __init__(self, dim: int, size: int):
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"size: expected a positive int, got {size}")
+        self.dim = dim
+        self.size = size
+        self.weight = nn.Parameter(torch.empty(size, dim).uniform_(-(size**-0.5), size**-0.5))
+        self.bias = nn.Parameter(torch.empty(dim).uniform_(-(size**-0.5), size**-0.5))
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        T = x.shape[1]
+        window = F.pad(x, (0, 0, self.size - 1, 0)) if state is None else torch.cat([state, x], 1)
+        y = sum((window[:, k : k + T] * self.weight[k] for k in range(self.size)), self.bias)
+        return y, None if state is None else window[:, T:].clone()
+
+    def step(self, x_t: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y, state = self(x_t[:, None], state)
+        return y[:, 0], state
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        return like(self.weight, batch_size, self.size - 1, self.dim)
+
+
+class Ungated(Mixer):
+    """inner -> GELU -> Linear: what surrounds S4 as it was published (arXiv 2111.00396, section 3.4).
+
+    The state is (the inner layer's,).
+    """
+
+    def __init__(self, dim: int, inner: Callable[[int], Mixer]):
+        super().__init__()
+        self.dim = dim
+        self.inner = inner(dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
+        return self._mix(x, state, self.inner)
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        return self._mix(x_t, state, self.inner.step)
+
+    def initial_state(self, batch_size: int) -> State:
+        return (self.inner.initial_state(batch_size),)
+
+    def _mix(self, x, state, inner):
+        (inner_state,) = (None,) if state is None else state
+        y, inner_state = inner(x, inner_state)
+        return self.out_proj(F.gelu(y)), None if state is None else (inner_state,)
+
+
+class H3(Mixer):
+    """q * inner(conv(k) * v), between two Linears (arXiv 2212.14052, section 3.2).
+
+    With S4 inside this is H3; the convolution stands for its shift SSM, as in Mamba's figure 3. With
+    Hyena inside and the convolution (published width 3) on q, k and v it is the Hyena operator of order 2.
+    The state is (the convolution's, the inner layer's).
+    """
+
+    def __init__(self, dim: int, inner: Callable[[int], Mixer], conv_size: int = 4, conv_on: str = "k"):
+        super().__init__()
+        if conv_on not in ("k", "qkv"):
+            raise ValueError(f"conv_on: expected 'k' or 'qkv', got {conv_on!r}")
+        self.dim = dim
+        self.conv_on = conv_on
+        self.in_proj = nn.Linear(dim, 3 * dim)
+        self.conv = CausalConv(dim * len(conv_on), conv_size)
+        self.inner = inner(dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
+        return self._mix(x, state, self.conv, self.inner)
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        return self._mix(x_t, state, self.conv.step, self.inner.step)
+
+    def initial_state(self, batch_size: int) -> State:
+        return self.conv.initial_state(batch_size), self.inner.initial_state(batch_size)
+
+    def _mix(self, x, state, conv, inner):
+        conv_state, inner_state = (None, None) if state is None else state
+        qkv = self.in_proj(x)
+        if self.conv_on == "qkv":
+            qkv, conv_state = conv(qkv, conv_state)
+        q, k, v = qkv.chunk(3, -1)
+        if self.conv_on == "k":
+            k, conv_state = conv(k, conv_state)
+        y, inner_state = inner(k * v, inner_state)
+        return self.out_proj(q * y), None if state is None else (conv_state, inner_state)
+
+
+class Mamba(Mixer):
+    """inner(SiLU(conv(x'))) * SiLU(z) with (x', z) = Linear(x), then a Linear (arXiv 2312.00752, section 3.4).
+
+    The two Linears have no bias. With S6 inside this is Mamba's block, whose dt_rank is ceil(dim / 16) of the width
+    outside: `partial(S6, dt_rank=math.ceil(dim / 16))`.
+    The state is (the convolution's, the inner layer's).
+    """
+
+    def __init__(self, dim: int, inner: Callable[[int], Mixer], expand: int = 2, conv_size: int = 4):
+        super().__init__()
+        self.dim = dim
+        self.in_proj = nn.Linear(dim, 2 * expand * dim, bias=False)
+        self.conv = CausalConv(expand * dim, conv_size)
+        self.inner = inner(expand * dim)
+        self.out_proj = nn.Linear(expand * dim, dim, bias=False)
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
+        return self._mix(x, state, self.conv, self.inner)
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        return self._mix(x_t, state, self.conv.step, self.inner.step)
+
+    def initial_state(self, batch_size: int) -> State:
+        return self.conv.initial_state(batch_size), self.inner.initial_state(batch_size)
+
+    def _mix(self, x, state, conv, inner):
+        conv_state, inner_state = (None, None) if state is None else state
+        x, z = self.in_proj(x).chunk(2, -1)
+        x, conv_state = conv(x, conv_state)
+        y, inner_state = inner(F.silu(x), inner_state)
+        return self.out_proj(y * F.silu(z)), None if state is None else (conv_state, inner_state)
