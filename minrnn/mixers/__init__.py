@@ -1,5 +1,6 @@
 """Sequence mixers under one protocol (`minrnn.mixers.base.Mixer`), and the one place that picks one by name."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,10 +31,17 @@ def make(name: str, **settings: Any) -> Callable[[int], Mixer]:
         settings: the mixer's own arguments; None means its default.
     """
     settings = {key: value for key, value in settings.items() if value is not None}
-    if name == "ssm":
-        wrapping, inner = settings.pop("wrapping"), settings.pop("inner")
-        return partial(_pick("wrapping", WRAPPINGS, wrapping), inner=partial(_pick("inner", INNER, inner), **settings))
-    return partial(_pick("name", MIXERS, name), **settings)
+    if name != "ssm":
+        return partial(_pick("name", MIXERS, name), **settings)
+    wrapping = _pick("wrapping", WRAPPINGS, settings.pop("wrapping"))
+    inner = _pick("inner", INNER, settings.pop("inner"))
+
+    def wrapped(dim: int) -> Mixer:
+        # Mamba's block derives S6's rank from its own width, not from the inner one (mamba_simple.py).
+        rank = {"dt_rank": math.ceil(dim / 16)} if inner is S6 else {}
+        return wrapping(dim, inner=partial(inner, **rank, **settings))
+
+    return wrapped
 
 
 def _pick(argument: str, choices: dict[str, Any], name: str) -> Any:
