@@ -159,8 +159,8 @@ CAPTIONS = {
     "precision": "Relative error of minGRU's states against the float64 loop (normal pre-activations, 64 channels). "
     "16 bits: inputs and result in that type; the log-space form then computes in it throughout.",
     "training": "A training step of selective copying at the paper's size (3 layers, 64 wide, expansion 6, 64 "
-    "sequences in two micro-batches of 32): forward, loss, backward, clipping, AdamW; ms, minimum / median; in brackets the "
-    "ratio to minGRU. minGRU-pytorch: its layer in the same backbone.",
+    "sequences in two micro-batches of 32): forward, loss, backward, clipping, AdamW; ms, minimum / median; in "
+    "brackets the ratio to minGRU. minGRU-pytorch: its layer in the same backbone.",
 }
 TABLE = {"kernels": kernel_table, "layers": layer_table, "precision": precision_table, "training": training_table}
 

@@ -40,13 +40,13 @@ def test_lock_pins_every_requirement_within_its_bounds():
         return [int(n) for n in re.findall(r"\d+", version)]
 
     extras = PROJECT["optional-dependencies"]
-    wanted = PROJECT["dependencies"] + extras["onnx"] + extras["bench"] + extras["dev"][1:]
+    wanted = PROJECT["dependencies"] + extras["onnx"] + extras["bench"] + extras["experiments"] + extras["dev"][1:]
     for requirement in wanted:
         name, bound = re.match(r"([\w-]+)>=([\d.]+)", requirement).groups()
         assert numbers(pins[name.lower()]) >= numbers(bound), requirement
 
 
-@pytest.mark.parametrize("target", ("test", "bench", "install"))
+@pytest.mark.parametrize("target", ("test", "bench", "install", "reproduce-all", "gpu", "tables", "figures", "report"))
 def test_make_help_lists_the_commands(target):
     text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert f"make {target} " in text

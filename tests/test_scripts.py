@@ -1,0 +1,490 @@
+"""Tables, figures and report are functions of records; the planner does every run once. No model is run here."""
+
+import csv
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import records
+from experiments.config import PROFILES
+from scripts import figures, plan, report, reproduce, tables
+
+ROOT = Path(__file__).parent.parent
+SENTINEL = 77777.7
+
+
+def make_record(run, last, best=None, status="done", **changes):
+    steps = run.config["train"]["steps"]
+    metrics = {
+        which: {"step": steps, "test_accuracy": value, "test_loss": 1.0, "val_accuracy": value, "val_loss": 1.0}
+        for which, value in (("last", last), ("best", last if best is None else best))
+    }
+    curve = [[steps * (i + 1) // 10, float(i), last * (i + 1) / 10] for i in range(10)]
+    return {
+        "schema_version": 1, "run_id": run.run_id, "experiment": run.experiment, "profile": run.config["profile"],
+        "config": run.config, "seed": run.seed, "status": status, "reason": None,
+        "metrics": metrics if status == "done" else {},
+        "curves": {"train_loss": curve, "val_accuracy": curve, "val_loss": curve},
+        "steps": steps, "seconds": 100.0, "tokens_per_second": 1e5, "peak_memory": 1e9, "parameters": 227136,
+        "git": {"commit": "0123456789abcdef", "clean": True}, "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        "hardware": {"device": "cpu", "cpu": "Some CPU", "cores": 2, "threads": 1}, "started": 1e9, "ended": 1e9 + 100,
+    } | changes  # fmt: skip
+
+
+def put(results, record):
+    records.write_json(records.record_path(results, record["experiment"], record["run_id"]), record)
+
+
+def find(profile, label, seeds=3):
+    """The runs of a label, by seed."""
+    return [run for run in plan.runs(profile, seeds) if run.label == label]
+
+
+def long(path):
+    with path.open(newline="") as file:
+        return {(line["row"], line["column"]): line for line in csv.DictReader(file)}
+
+
+def fill(results, profile):
+    for i, run in enumerate(plan.runs(profile, 2)):
+        put(results, make_record(run, 0.2 + 0.02 * (i % 20)))
+
+
+# -- the plan
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_cell_composes_and_every_run_is_done_once(profile):
+    runs = plan.runs(profile, 2)
+    assert len({run.run_id for run in runs}) == len(runs)
+    assert len({run.group for run in runs}) == len(runs) // 2
+    assert all(run.config["profile"] == profile and run.config["seed"] == run.seed for run in runs)
+    # Every cell is filled, by one group of runs; those of both tables' three layers share theirs.
+    filled = [cell for run in runs if run.seed == 0 for cell in run.cells]
+    assert sorted(filled, key=plan.CELLS.index) == list(plan.CELLS)
+    for row in ("minGRU", "minLSTM"):
+        shared = next(run for run in runs if run.label == f"{row}, layers 3")
+        assert {cell.table for cell in shared.cells} == {"table1_layers", "table2_selective_copy"}
+
+
+def test_the_most_wanted_come_first_and_seeds_one_after_another():
+    runs = plan.runs("cpu", 2)
+    assert [run.label for run in runs[:3]] == ["minGRU, layers 3", "minLSTM, layers 3", "minGRU, layers 1"]
+    assert [run.seed for run in runs] == [0] * (len(runs) // 2) + [1] * (len(runs) // 2)
+    labels = [run.label for run in runs if run.seed == 0]
+    assert labels.index("No gate S4") < labels.index("Mamba S6") < labels.index("GRU")
+
+
+def test_baselines_train_as_in_the_mamba_paper_in_profile_paper_only():
+    for profile, lr in (("paper", 1e-4), ("cpu", find("cpu", "minGRU, layers 3")[0].config["train"]["lr"])):
+        for label in ("No gate S4", "Mamba S6", "H3 Hyena"):
+            config = find(profile, label, 1)[0].config
+            assert config["train"]["lr"] == lr and config["model"]["layers"] == 2
+    assert find("paper", "minGRU, layers 3", 1)[0].config["train"]["lr"] == 3e-4
+
+
+def test_plain_rnns_have_the_parameters_of_the_minimal_ones():
+    from minrnn.mixers import make
+
+    def size(label):
+        model = dict(find("paper", label, 1)[0].config["model"])
+        dim, _ = model.pop("dim"), model.pop("layers")
+        return sum(p.numel() for p in make(**model)(dim).parameters())
+
+    assert size("GRU") == pytest.approx(size("minGRU, layers 3"), rel=0.01)
+    assert size("LSTM") == pytest.approx(size("minLSTM, layers 3"), rel=0.03)
+
+
+def test_every_published_value_has_its_cell():
+    cells = {(cell.table, cell.row, cell.column, cell.metric) for cell in plan.CELLS}
+    published = tables.read_paper()
+    assert published.keys() <= cells
+    unconfirmed = {(row, column) for (_, row, column, _), value in published.items() if not value.confirmed}
+    assert unconfirmed == {(row, column) for row in ("minLSTM", "minGRU") for column in ("1", "2")}
+    assert published["table1_layers", "minGRU", "3", "test_accuracy_percent"].value == 99.5
+
+
+# -- tables
+
+
+def test_means_and_deviations_are_those_computed_by_hand(tmp_path):
+    for run, last, best in zip(find("paper", "minGRU, layers 3"), (0.97, 0.98, 0.99), (0.98, 0.99, 0.995), strict=True):
+        put(tmp_path, make_record(run, last, best))
+    put(tmp_path, make_record(find("paper", "minLSTM, layers 1")[1], 0.4))
+    tables.write_all(tmp_path)
+    lines = long(tmp_path / "tables/table1_layers.csv")
+    gru = lines["minGRU", "3"]
+    assert (gru["metric"], gru["n"], gru["paper"], gru["paper_confirmed"]) == (
+        "test_accuracy_percent",
+        "3",
+        "99.5",
+        "yes",
+    )
+    assert float(gru["mean"]) == pytest.approx(98) and float(gru["std"]) == pytest.approx(1)  # n - 1 below the sum
+    assert float(gru["best_mean"]) == pytest.approx(98.833333333)
+    assert float(gru["best_std"]) == pytest.approx(0.763762616)
+    assert gru["run_ids"].split() == [run.run_id for run in find("paper", "minGRU, layers 3")]
+    one = lines["minLSTM", "1"]
+    assert (one["n"], one["mean"], one["std"], one["best_std"], one["paper_confirmed"]) == ("1", "40", "", "", "no")
+    text = (tmp_path / "tables/table1_layers.md").read_text()
+    assert re.search(r"\| minGRU +\| +3 \| 98.0 ± 1.0 \| 98.8 ± 0.8 \| +3 \| +227,136 \| +99.5 ± 0.2 \| +-1.5 \|", text)
+    assert re.search(r"\| minLSTM +\| +1 \| +40.0 \| +40.0 \| +1 \| +227,136 \| 37.6 ± 2.0 † \| +\+2.4 \|", text)
+    # The same run fills a cell of the other table.
+    other = long(tmp_path / "tables/table2_selective_copy.csv")["minGRU", "accuracy"]
+    assert (other["mean"], other["run_ids"]) == (gru["mean"], gru["run_ids"])
+
+
+def test_what_was_not_run_is_blank_and_what_failed_is_said(tmp_path):
+    runs = find("cpu", "H3 Hyena")
+    put(tmp_path, make_record(runs[0], 0.3))
+    put(tmp_path, make_record(runs[1], 0, status="diverged", reason="the training loss was nan at step 9"))
+    failed = make_record(find("cpu", "LSTM", 1)[0], 0, status="failed", reason="RuntimeError: <no> memory\nand more")
+    put(tmp_path, {key: failed[key] for key in failed if key not in ("curves", "steps", "seconds", "parameters")})
+    tables.write_all(tmp_path)
+    lines = long(tmp_path / "tables/table2_selective_copy_cpu.csv")
+    assert len(lines) == sum(cell.table == "table2_selective_copy" for cell in plan.CELLS)
+    for row, n, mean in (("H3 Hyena", "1", "30"), ("LSTM", "0", ""), ("Mamba S6", "0", "")):
+        line = lines[row, "accuracy"]
+        assert (line["n"], line["mean"], line["std"]) == (n, mean, "")
+    text = (tmp_path / "tables/table2_selective_copy_cpu.md").read_text()
+    assert "| 30.0 (1 diverged) |" in text and re.search(r"\| LSTM +\| +1 failed \|", text)
+    assert re.search(r"\| Mamba S6 +(\| +){4}\| +99.8 \|", text)
+    assert not (tmp_path / "tables/table1_layers_cpu.md").exists()  # no record of its cells
+    report.write_all(tmp_path)
+    page = (tmp_path / "REPORT.md").read_text()
+    assert "H3 Hyena, seed 1 diverged: the training loss was nan at step 9" in page
+    assert "LSTM, seed 0 failed: RuntimeError: &lt;no> memory (" in page
+    assert "Not run:" in page and "Mamba S6" in page.split("Not run:")[1].splitlines()[0]
+
+
+def test_only_the_papers_own_scale_is_compared_with_it(tmp_path):
+    for profile in ("paper", "cpu"):
+        fill(tmp_path, profile)
+    tables.write_all(tmp_path)
+    config = find("cpu", "minGRU, layers 3", 1)[0].config
+    for table in plan.TABLES:
+        paper, cpu = ((tmp_path / f"tables/{table}{suffix}.md").read_text() for suffix in ("", "_cpu"))
+        assert "ours - paper" in paper and "ours - paper" not in cpu
+        assert "Scaled down" in cpu and f"body length {config['data']['length']} (paper: 4,096)" in cpu
+        assert "steps 400,000" in paper and "Some CPU (2 cores)" in paper and "seeds 0, 1" in paper
+    assert "meets the paper's" in report.page(tmp_path, ("paper",), tables.load(tmp_path), tables.PAPER)
+    assert "meets the paper's" not in report.page(tmp_path, ("cpu",), tables.load(tmp_path), tables.PAPER)
+
+
+def test_unconfirmed_values_are_marked_everywhere(tmp_path):
+    fill(tmp_path, "paper")
+    tables.write_all(tmp_path)
+    text = (tmp_path / "tables/table1_layers.md").read_text()
+    marked = [line for line in text.splitlines() if line.startswith("| min") and "†" in line]
+    assert len(marked) == 4 and "† unconfirmed" in text
+    assert not any(line.split("|")[2].strip() == "3" for line in marked)
+    latex = (tmp_path / "tables/table1_layers.tex").read_text()
+    assert latex.count(r"$^\dagger$") == 5 and r"\toprule" in latex and r", \%" in latex and "±" not in latex
+
+
+def test_a_value_of_the_paper_stands_in_its_columns_only(tmp_path):
+    """Poisoned values are looked for in everything that is written."""
+    poisoned = tmp_path / "paper.csv"
+    lines = list(csv.DictReader(io.StringIO(tables.PAPER.read_text())))
+    with poisoned.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0].keys())
+        writer.writeheader()
+        writer.writerows(line | {"value": SENTINEL} for line in lines)
+    for profile in ("paper", "cpu"):
+        fill(tmp_path, profile)
+    tables.write_all(tmp_path, poisoned)
+    report.write_all(tmp_path, poisoned)
+    seen = 0
+    for path in (tmp_path / "tables").glob("*.csv"):
+        for line in csv.DictReader(path.open(newline="")):
+            assert not any(str(SENTINEL) in value for key, value in line.items() if key != "paper")
+            seen += line["paper"] == str(SENTINEL)
+    for path in [*(tmp_path / "tables").glob("*.md"), *(tmp_path / "tables").glob("*.tex"), tmp_path / "REPORT.md"]:
+        for line in path.read_text().splitlines():
+            cells = [cell.strip() for cell in re.split(r"[|&]", line.removesuffix(r"\\").strip("| "))]
+            if cells[0] == "model":
+                column = next(i for i, name in enumerate(cells) if name.startswith("paper"))
+            elif str(SENTINEL) in line:
+                assert [i for i, cell in enumerate(cells) if str(SENTINEL) in cell] == [column]
+                seen += 1
+    assert seen == len(lines) * 2 * 4  # profiles; csv, md, tex and report
+
+
+def test_the_report_says_what_the_numbers_say(tmp_path):
+    for label, value in (
+        ("minGRU, layers 1", 0.44), ("minGRU, layers 2", 0.92), ("minGRU, layers 3", 0.99),
+        ("minLSTM, layers 1", 0.5), ("minLSTM, layers 2", 0.4), ("minLSTM, layers 3", 0.95), ("No gate S4", 0.12),
+    ):  # fmt: skip
+        put(tmp_path, make_record(find("cpu", label, 1)[0], value))
+    report.write_all(tmp_path)
+    page = (tmp_path / "REPORT.md").read_text()
+    assert "minGRU with 3 layers: 99.0 % (n = 1), above 95 %." in page
+    assert "minLSTM with 3 layers: 95.0 % (n = 1), not above 95 %." in page
+    assert "minGRU: accuracy rises with each layer (1, 2, 3: 44.0 → 92.0 → 99.0)." in page
+    assert "minLSTM: accuracy does not rise with each layer" in page
+    assert "No gate S4 (time-invariant): 12.0 % (n = 1); chance is 7.1 %, so near it." in page
+    for link in re.findall(r"\]\((runs/[^)]+)\)", page):
+        assert (tmp_path / link).exists()
+    put(tmp_path, make_record(find("smoke", "GRU", 1)[0], 0.1))
+    report.write_all(tmp_path)
+    assert (tmp_path / "REPORT.md").read_text() == page and "smoke" in (tmp_path / "REPORT_smoke.md").read_text()
+
+
+def test_without_torch_and_twice_the_same(tmp_path):
+    fill(tmp_path / "results", "paper")
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+
+    def call(*arguments):
+        command = [sys.executable, "-m", *arguments, "--results-dir", str(tmp_path / "results")]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+    assert "table1_layers.md" in call("scripts.tables")
+    assert "table2_selective_copy_loss.png" in call("scripts.figures")
+    assert "REPORT.md" in call("scripts.report")
+    assert "figures/table2_selective_copy_accuracy.png" in (tmp_path / "results/REPORT.md").read_text()
+    assert "18 of 18 runs done, 0 left" in call("scripts.reproduce", "--profile", "paper", "--list")
+    files = sorted(path for path in (tmp_path / "results").rglob("*") if path.is_file() and "runs" not in path.parts)
+    before = {path: path.read_bytes() for path in files}
+    for module in (tables, figures, report):
+        module.write_all(tmp_path / "results")
+    assert {path: path.read_bytes() for path in files} == before and len(files) == 2 * 3 + 3 * 2 + 1
+
+
+def test_figures_of_a_single_run(tmp_path):
+    put(tmp_path, make_record(find("smoke", "GRU", 1)[0], 0.1))
+    names = [path.name for path in figures.write_all(tmp_path)]
+    assert names == ["table2_selective_copy_accuracy_smoke.png", "table2_selective_copy_loss_smoke.png"]
+
+
+# -- the planner
+
+STUB = """
+import os, signal, sys, time
+from pathlib import Path
+from experiments import records
+name, results, outputs, ran, seconds, run_id, behaviour = sys.argv[1:]
+path = records.record_path(results, "selective_copy", run_id)
+if records.is_final(records.read_record(path)):
+    sys.exit(0)
+with records.claim(records.work_dir(outputs, "selective_copy", run_id)) as mine:
+    if not mine:
+        sys.exit(75)
+    with open(ran, "a") as file:
+        file.write(f"{name} {run_id} {seconds}\\n")
+    if behaviour == "crash":
+        print("a last word")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == "wait":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        Path(ran).with_suffix(".waiting").touch()
+        time.sleep(60)
+    time.sleep(0.05)
+    record = records.json.loads(Path(ran).with_name("template.json").read_text())
+    status = {"fail": "failed", "diverge": "diverged"}.get(behaviour, "done")
+    record.update(run_id=run_id, status=status, ended=time.time())
+    if status != "done":
+        record.update(reason="as told", metrics={})
+    records.write_json(path, record)
+sys.exit(1 if behaviour == "fail" else 0)
+"""
+
+
+class World:
+    """A folder with results, a stub in place of experiments, and a note of what it ran."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.runs = plan.runs("smoke", 1)[:8]
+        records.write_json(folder / "template.json", make_record(self.runs[0], 0.5))
+        (folder / "stub.py").write_text(STUB)
+
+    def planner(self, name="one", behaviours=None, **settings):
+        def command(run, seconds):
+            places = [self.folder / "results", self.folder / "outputs", self.folder / "ran.txt"]
+            behaviour = (behaviours or {}).get(run.label, "done")
+            return [
+                sys.executable,
+                str(self.folder / "stub.py"),
+                name,
+                *map(str, places),
+                str(seconds),
+                run.run_id,
+                behaviour,
+            ]
+
+        return reproduce.Planner(
+            self.runs, str(self.folder / "results"), str(self.folder / "outputs"), command, **settings
+        )
+
+    @property
+    def ran(self):
+        path = self.folder / "ran.txt"
+        return [line.split()[1] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def record(self, run):
+        return records.read_record(records.record_path(self.folder / "results", run.experiment, run.run_id))
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return World(tmp_path)
+
+
+def test_runs_go_in_order_and_are_not_repeated(world):
+    renewed = []
+    world.planner(renew=lambda: renewed.append(len(world.ran))).go()
+    assert world.ran == [run.run_id for run in world.runs]
+    assert renewed == list(range(1, 9))
+    again = world.planner()
+    assert again.left() == []
+    again.go()
+    assert len(world.ran) == 8
+
+
+def test_a_failure_is_recorded_and_tried_again_once_by_the_next_call(world, capsys):
+    crash, fail, diverge = (world.runs[i] for i in (0, 1, 2))
+    behaviours = {crash.label: "crash", fail.label: "fail", diverge.label: "diverge"}
+    for call in (1, 2):
+        world.planner(behaviours=behaviours, workers=2).go()
+        assert [world.ran.count(run.run_id) for run in world.runs] == [call, call, *[1] * 6]
+    record = world.record(crash)
+    assert record["status"] == "failed" and record["config"] == crash.config and record["seed"] == crash.seed
+    assert "SIGKILL" in record["reason"] and "a last word" in record["reason"]
+    assert world.record(fail)["reason"] == "as told" and world.record(diverge)["status"] == "diverged"
+    assert "minGRU, layers 3, seed 0: failed, killed by SIGKILL" in capsys.readouterr().out
+    third = world.planner()
+    third.go()
+    assert third.left() == [] and world.record(crash)["status"] == "done"
+
+
+PLANNER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.test_scripts import World
+planner = World(Path(sys.argv[1])).planner(sys.argv[2], behaviours=dict(a.split("=") for a in sys.argv[3:]), workers=2)
+print("ready", flush=True)
+sys.stdin.readline()
+planner.go()
+print("left", len(planner.left()), "signal", planner.signal)
+"""
+
+
+def start(world, name, *behaviours):
+    program = PLANNER.format(root=str(ROOT))
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(world.folder), name, *behaviours],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    return process
+
+
+def test_two_planners_at_once_do_every_run_exactly_once(world):
+    planners = [start(world, name) for name in ("one", "two")]
+    for planner in planners:
+        assert planner.stdout.readline() == "ready\n"
+    for planner in planners:
+        planner.stdin.write("go\n")
+        planner.stdin.flush()
+    for planner in planners:
+        assert "left 0" in planner.communicate(timeout=60)[0]
+    assert sorted(world.ran) == sorted(run.run_id for run in world.runs)
+    workers = {line.split()[0] for line in (world.folder / "ran.txt").read_text().splitlines()}
+    assert workers == {"one", "two"}
+
+
+def test_a_run_that_another_process_has_is_come_back_to(world, monkeypatch):
+    """First it is claimed; then its process dies without a record, and the run is free again."""
+    monkeypatch.setattr(reproduce, "LOOK", 0.1)
+    first = world.runs[0]
+    holder = records.claim(records.work_dir(world.folder / "outputs", first.experiment, first.run_id))
+    assert holder.__enter__()
+    world.planner(renew=lambda: len(world.ran) == 7 and holder.__exit__(None, None, None)).go()
+    assert world.ran == [run.run_id for run in [*world.runs[1:], first]]
+
+
+def test_told_to_stop_it_lets_its_runs_stop_and_the_next_call_goes_on(world):
+    planner = start(world, "one", f"{world.runs[1].label}=wait")
+    planner.stdin.write("go\n")
+    planner.stdin.flush()
+    waiting = world.folder / "ran.waiting"
+    until = time.monotonic() + 30
+    while not (waiting.exists() and sum(map(bool, map(world.record, world.runs))) == 7) and time.monotonic() < until:
+        time.sleep(0.05)
+    planner.send_signal(signal.SIGTERM)
+    assert f"left 1 signal {int(signal.SIGTERM)}" in planner.communicate(timeout=30)[0]
+    assert world.record(world.runs[1]) is None  # nothing failed
+    world.planner().go()
+    assert world.ran.count(world.runs[1].run_id) == 2 and world.record(world.runs[1])["status"] == "done"
+
+
+def test_the_budget_is_passed_on_and_ends_it(world, monkeypatch):
+    monkeypatch.setattr(reproduce, "LEAST", 0.5)
+    monkeypatch.setattr(reproduce, "GRACE", 0.1)
+    planner = world.planner(behaviours={world.runs[2].label: "wait"}, budget=3)
+    began = time.monotonic()
+    planner.go()
+    assert time.monotonic() - began < 6
+    assert [run.run_id for run in planner.left()] == [run.run_id for run in world.runs[2:]]
+    passed = [float(line.split()[2]) for line in (world.folder / "ran.txt").read_text().splitlines()]
+    assert passed == sorted(passed, reverse=True) and passed[0] <= 3
+    assert world.record(world.runs[2]) is None
+
+
+def test_a_run_that_always_stops_early_is_given_up(world, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "LOOK", 0.0)
+    planner = world.planner()
+    planner.runs = world.runs[:1]
+    planner.command = lambda run, seconds: [sys.executable, "-S", "-c", "raise SystemExit(75)"]
+    planner.go()
+    assert planner.tries[world.runs[0].run_id] == reproduce.TRIES and planner.left() == world.runs[:1]
+    assert "it stopped 3 times before its end" in capsys.readouterr().out
+
+
+def test_time_left_is_foretold_from_records(world, monkeypatch):
+    monkeypatch.setattr(reproduce, "has_gpu", lambda: False)
+    planner = world.planner(workers=2)
+    assert planner.seconds_left() is None
+    put(world.folder / "results", make_record(world.runs[0], 0.5))  # 100 s
+    assert world.planner(workers=2).seconds_left() == pytest.approx(7 * 100 / 2)
+    monkeypatch.setattr(reproduce, "has_gpu", lambda: True)  # another machine's times tell nothing
+    assert world.planner(workers=2).seconds_left() is None
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--profile", "cup"], "'cup' (choose from"),
+        (["--budget", "20x"], "expected a time such as 90s, 20m or 2h, got '20x'"),
+        (["--budget", "0m"], "got '0m'"),
+        (["--workers", "0"], "expected a number from 1 up, got '0'"),
+        (["--seeds", "two"], "expected a number from 1 up, got 'two'"),
+    ],
+)
+def test_unusable_input_is_named(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reproduce", *arguments])
+    with pytest.raises(SystemExit) as error:
+        reproduce.parse()
+    assert error.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_overrides_must_leave_the_runs_what_they_are():
+    run = plan.runs("smoke", 1)[0]
+    reproduce.check(run, ["threads=1", "wandb.mode=online", "micro_batches=2"])
+    for wrong, said in (("train.steps=5", "change no result"), ("trian.steps=5", "trian")):
+        with pytest.raises(SystemExit, match=said):
+            reproduce.check(run, [wrong])
+
+
+def test_times_are_read_and_said():
+    assert [reproduce._seconds(text) for text in ("90s", "20m", "1.5h")] == [90, 1200, 5400]
+    assert [reproduce.duration(s) for s in (90.4, 1200, 9000)] == ["90 s", "20 min", "2.5 h"]
