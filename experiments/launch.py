@@ -34,7 +34,8 @@ def main(experiment: str) -> None:
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {error}", *filter(None, [error.__cause__]), sep=": ", file=sys.stderr)
         sys.exit(WRONG)
-    sys.argv.append(SEARCH)
+    # Hydra takes the flag for a sweep before the settings only.
+    sys.argv[1:] = sorted([*sys.argv[1:], SEARCH], key=lambda a: a not in ("-m", "--multirun"))
     hydra.main(version_base="1.3", config_path=str(CONFIGS / experiment), config_name="config")(_task)()
     sys.exit(UNFINISHED if set(_outcomes) & {"paused", "busy"} else 0)
 

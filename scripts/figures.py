@@ -1,0 +1,184 @@
+"""Figures from records alone: `python -m scripts.figures`. Needs no torch.
+
+`results/figures/<table>_{accuracy,loss}[_<profile>].{png,pdf}` show curves against steps, `table1_layers[_<profile>]`
+the number of layers. The same records give the same files, byte for byte, under one version of matplotlib.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from scripts.plan import TABLES
+from scripts.tables import Entry, file_name, load, measured_tables, results_dir_argument
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; dashes and markers tell them apart without any.
+STYLES = (
+    {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    {"color": "#D55E00", "linestyle": (0, (5, 2)), "marker": "s"},
+    {"color": "#009E73", "linestyle": (0, (1, 1.2)), "marker": "^"},
+    {"color": "#CC79A7", "linestyle": (0, (6, 2, 1, 2)), "marker": "D"},
+    {"color": "#555555", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "marker": "v"},
+)
+SETTINGS = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "legend.title_fontsize": 9,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "pdf.fonttype": 42,
+}
+MARKERS = 8  # of a curve
+
+
+def curves(found: list[Entry], panels: Iterable[tuple[str, tuple[str, ...]]], curve: str, scale: float = 1) -> Figure:
+    """A curve of the records against steps: the mean over seeds, in a band from the least to the greatest."""
+    rows = {entry.cell.row: entry for entry in found if entry.done}
+    panels = [(title, names) for title, names in panels if rows.keys() & set(names)]
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(3.5 * across, 2.7 * down), layout="constrained")
+    axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
+    for ax, (title, names) in zip(axes, panels, strict=False):
+        for i, name in enumerate(names):
+            if name in rows:
+                _band(ax, [record["curves"][curve] for record in rows[name].done], scale, i, len(names), name)
+        _head(ax, title)
+        ax.margins(x=0.02)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.tick_params(labelbottom=True)
+    for ax in list(axes)[len(panels) :]:
+        ax.remove()
+    return figure
+
+
+def _head(ax: Axes, title: str, columns: int = 3) -> None:
+    """Title and legend above the axes, where no line can run through them."""
+    place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
+    ax.legend(title=title, ncols=columns, alignment="left", columnspacing=1.2, **place)
+
+
+def _band(ax: Axes, seeds: list[list[list[float]]], scale: float, i: int, of: int, label: str) -> None:
+    values = defaultdict(list)
+    for points in seeds:
+        for step, _, value in points:
+            values[step].append(value * scale)
+    steps = sorted(values)
+    every = max(1, len(steps) // MARKERS)
+    # Markers of lines that lie on one another stand side by side.
+    place = (i * every // of, every)
+    mean = [sum(values[step]) / len(values[step]) for step in steps]
+    ax.plot(steps, mean, **STYLES[i % len(STYLES)], markevery=place, label=label, zorder=3)
+    low, high = [min(values[step]) for step in steps], [max(values[step]) for step in steps]
+    ax.fill_between(steps, low, high, color=STYLES[i % len(STYLES)]["color"], alpha=0.18, linewidth=0)
+
+
+def accuracy_against_steps(table: str, found: list[Entry]) -> Figure:
+    figure = curves(found, TABLES[table].panels, "val_accuracy", 100)
+    for ax in figure.axes:
+        ax.set(ylim=(0, 103))
+        _chance(ax, table, found)
+    figure.supxlabel("training steps", fontsize=8)
+    figure.supylabel("validation accuracy per token, %", fontsize=8)
+    return figure
+
+
+def loss_against_steps(table: str, found: list[Entry]) -> Figure:
+    figure = curves(found, TABLES[table].panels, "train_loss")
+    for ax in figure.axes:
+        ax.set_ylim(bottom=0)
+    figure.supxlabel("training steps", fontsize=8)
+    figure.supylabel("training loss, nats per token", fontsize=8)
+    return figure
+
+
+def _chance(ax: Axes, table: str, found: list[Entry]) -> None:
+    of = TABLES[table].chance
+    levels = {of(record["config"]) for entry in found for record in entry.done} if of else ()
+    for level in levels:
+        ax.axhline(level, color="#888888", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
+        ax.annotate(
+            f"chance {level:.1f} %", (1, level), xycoords=("axes fraction", "data"), xytext=(0, -2),
+            textcoords="offset points", ha="right", va="top", fontsize=6.5, color="#666666",
+        )  # fmt: skip
+
+
+def layers(table: str, profile: str, found: list[Entry]) -> Figure:
+    """Means with standard deviations; hollow the paper's, at its own scale only."""
+    figure = Figure(figsize=(4.2, 3.0), layout="constrained")
+    ax = figure.subplots()
+    models = dict.fromkeys(entry.cell.row for entry in found)
+    places = list(dict.fromkeys(entry.cell.column for entry in found))
+    for i, model in enumerate(models):
+        shift = (i - (len(models) - 1) / 2) * 0.08
+        beside = 0.16 + 0.08 * i
+        style = STYLES[i % len(STYLES)]
+        ours = [entry for entry in found if entry.cell.row == model and entry.done]
+        if ours:
+            ax.errorbar(
+                [places.index(entry.cell.column) + shift for entry in ours],
+                [entry.mean() for entry in ours],
+                yerr=[entry.std() or 0 for entry in ours],
+                capsize=3, elinewidth=1, label=model, zorder=3, **style,
+            )  # fmt: skip
+        theirs = [entry for entry in found if entry.cell.row == model and entry.paper and profile == "paper"]
+        if theirs:
+            ax.errorbar(
+                [places.index(entry.cell.column) + shift + beside for entry in theirs],
+                [entry.paper.value for entry in theirs],
+                yerr=[entry.paper.std or 0 for entry in theirs],
+                capsize=2, elinewidth=0.8, linestyle="none", marker=style["marker"], color=style["color"],
+                markerfacecolor="white", label=f"{model}, the paper's", zorder=2,
+            )  # fmt: skip
+        for entry in theirs:
+            if not entry.paper.confirmed:
+                place = (places.index(entry.cell.column) + shift + beside, entry.paper.value)
+                ax.annotate("†", place, xytext=(4, -3), textcoords="offset points", color=style["color"], fontsize=8)
+    ax.set_xticks(range(len(places)), places)
+    ax.set(xlim=(-0.4, len(places) - 0.6), ylim=(0, 103), xlabel=TABLES[table].column)
+    ax.set_ylabel("test accuracy per token, %")
+    _chance(ax, table, found)
+    _head(ax, "", columns=2)
+    return figure
+
+
+def write_all(results_dir: str | Path) -> list[Path]:
+    """Returns the files for reading (png)."""
+    written = []
+    folder = Path(results_dir) / "figures"
+    with matplotlib.rc_context(SETTINGS):
+        for table, profile, found in measured_tables(load(results_dir)):
+            if not any(entry.done for entry in found):
+                continue
+            suffix = "" if profile == "paper" else f"_{profile}"
+            if TABLES[table].column == "layers":
+                figures = {file_name(table, profile): layers(table, profile, found)}
+            else:
+                figures = {
+                    f"{table}_accuracy{suffix}": accuracy_against_steps(table, found),
+                    f"{table}_loss{suffix}": loss_against_steps(table, found),
+                }
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, figure in figures.items():
+                # Without the date, so that a file changes with its records only.
+                figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+                figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": None})
+                written.append(folder / f"{name}.png")
+    return written
+
+
+def main() -> None:
+    for path in write_all(results_dir_argument(__doc__.splitlines()[0])):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The grid of the paper's tables as data: which run fills which cell, and which cells are wanted first. Needs no torch.
+
+A later experiment adds to METRICS, TABLES and CELLS; planner, tables, figures and report follow.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from experiments.config import run_id
+from experiments.launch import compose
+
+
+@dataclass(frozen=True)
+class Metric:
+    key: str  # in a record's metrics
+    label: str
+    unit: str = ""
+    scale: float = 1  # from the record's unit to that of tables and paper.csv; nothing else converts
+    digits: int = 1
+    higher_is_better: bool = True
+
+    def format(self, value: float) -> str:
+        return f"{value:.{self.digits}f}"
+
+
+METRICS = {
+    "test_accuracy_percent": Metric("test_accuracy", "test accuracy per token", "%", 100),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    caption: str
+    column: str | None  # what its columns are; None where there is but one
+    settings: tuple[tuple[str, str], ...]  # (key of a run's configuration, name): the scale, stated in the caption
+    chance: Callable[[dict[str, Any]], float] | None = None  # of a configuration, in the metric's unit
+    panels: tuple[tuple[str, tuple[str, ...]], ...] = ()  # of the figure of curves: title, rows
+
+
+@dataclass(frozen=True)
+class Cell:
+    table: str
+    row: str
+    column: str
+    metric: str
+    experiment: str
+    overrides: tuple[str, ...]
+    order: int  # the smaller, the more wanted
+    paper_overrides: tuple[str, ...] = ()  # in profile paper only
+
+    def config(self, profile: str) -> dict[str, Any]:
+        return _compose(self.experiment, self.settings(profile))
+
+    def settings(self, profile: str) -> tuple[str, ...]:
+        return (f"profile={profile}", *self.overrides, *(self.paper_overrides if profile == "paper" else ()))
+
+    @property
+    def label(self) -> str:
+        return f"{self.row}, {TABLES[self.table].column} {self.column}" if TABLES[self.table].column else self.row
+
+
+SCALE = (
+    ("data.length", "body length"),
+    ("data.tokens", "tokens to copy"),
+    ("train.steps", "steps"),
+    ("train.batch_size", "batch"),
+)
+
+
+def _chance(config: dict[str, Any]) -> float:
+    """Of selective copying, in percent: a token is one of the vocabulary less marker and noise."""
+    return 100 / (config["data"]["vocab"] - 2)
+
+
+TABLES = {
+    "table1_layers": Table(
+        title="Table 1: layers",
+        caption="Selective copying by number of layers.",
+        column="layers",
+        settings=SCALE,
+        chance=_chance,
+    ),
+    "table2_selective_copy": Table(
+        title="Table 2: selective copying",
+        caption="Selective copying by architecture (none, H3, Mamba) and layer, all run here. Minimal RNNs, GRU and "
+        "LSTM have 3 layers, the others 2 as in the Mamba paper; minLSTM unnormalised is the authors' public code's.",
+        column=None,
+        settings=SCALE,
+        chance=_chance,
+        panels=(
+            ("Recurrent networks", ("minGRU", "minLSTM", "minLSTM unnormalised", "GRU", "LSTM")),
+            ("No gate", ("No gate S6", "No gate S4", "No gate S4D")),
+            ("H3", ("H3 S6", "H3 S4", "H3 Hyena")),
+            ("Mamba", ("Mamba S6", "Mamba S4", "Mamba Hyena")),
+        ),
+    ),
+}
+
+
+def _layers(order: int, row: str, model: str, layers: int) -> Cell:
+    settings = (f"model={model}", f"model.layers={layers}")
+    return Cell("table1_layers", row, str(layers), "test_accuracy_percent", "selective_copy", settings, order)
+
+
+def _copying(order: int, row: str, *overrides: str, paper: tuple[str, ...] = ()) -> Cell:
+    metric, experiment = "test_accuracy_percent", "selective_copy"
+    return Cell("table2_selective_copy", row, "accuracy", metric, experiment, overrides, order, paper)
+
+
+def _baseline(order: int, row: str, model: str) -> Cell:
+    # Layers and learning rate of the Mamba paper (arXiv 2312.00752, E.1).
+    return _copying(order, row, f"model={model}", "model.layers=2", paper=("train.lr=1e-4",))
+
+
+# In the order in which a table shows them.
+CELLS = (
+    _layers(40, "minLSTM", "minlstm", 1),
+    _layers(60, "minLSTM", "minlstm", 2),
+    _layers(20, "minLSTM", "minlstm", 3),
+    _layers(30, "minGRU", "mingru", 1),
+    _layers(50, "minGRU", "mingru", 2),
+    _layers(10, "minGRU", "mingru", 3),
+    _baseline(100, "No gate S4", "s4"),
+    _baseline(120, "No gate S6", "s6"),
+    _baseline(140, "H3 S4", "h3_s4"),
+    _baseline(160, "H3 Hyena", "h3_hyena"),
+    _baseline(130, "H3 S6", "h3_s6"),
+    _baseline(150, "Mamba S4", "mamba_s4"),
+    _baseline(170, "Mamba Hyena", "mamba_hyena"),
+    _baseline(110, "Mamba S6", "mamba_s6"),
+    _copying(20, "minLSTM", "model=minlstm", "model.layers=3"),
+    _copying(10, "minGRU", "model=mingru", "model.layers=3"),
+    # Not in the paper. 1.875 * 64 units give GRU 74,704 parameters a layer (minGRU has 74,944), LSTM 97,024
+    # (minLSTM has 99,904).
+    _copying(200, "GRU", "model=gru", "model.layers=3", "model.expansion=1.875"),
+    _copying(210, "LSTM", "model=lstm", "model.layers=3", "model.expansion=1.875"),
+    _copying(220, "minLSTM unnormalised", "model=minlstm_unnormalized", "model.layers=3"),
+    _baseline(230, "No gate S4D", "s4d"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    experiment: str
+    overrides: tuple[str, ...]
+    seed: int
+    config: dict[str, Any]
+    run_id: str
+    group: str  # the same for all seeds
+    cells: tuple[Cell, ...]
+
+    @property
+    def label(self) -> str:
+        return self.cells[0].label
+
+
+def runs(profile: str, seeds: int, cells: Iterable[Cell] = CELLS) -> list[Run]:
+    """Every run once, most wanted first, all of seed 0 before any of seed 1."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.order):
+        groups.setdefault(run_id({**cell.config(profile), "seed": None}), []).append(cell)
+    found = []
+    for seed in range(seeds):
+        for group, filled in groups.items():
+            config = {**filled[0].config(profile), "seed": seed}
+            found.append(
+                Run(
+                    filled[0].experiment,
+                    filled[0].settings(profile),
+                    seed,
+                    config,
+                    run_id(config),
+                    group,
+                    tuple(filled),
+                )
+            )
+    return found
+
+
+@cache
+def _compose(experiment: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    return compose(experiment, list(overrides))

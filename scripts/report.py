@@ -1,0 +1,214 @@
+"""The report from records alone: `python -m scripts.report`. Needs no torch.
+
+`results/REPORT.md` has the paper's scale and profile cpu, `results/REPORT_smoke.md` profile smoke. What it finds in
+words follows from the numbers by fixed rules; unconfirmed values of the paper are never judged by.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from scripts.plan import TABLES
+from scripts.tables import (
+    PAPER,
+    Entry,
+    Records,
+    caption,
+    file_name,
+    grid,
+    load,
+    machines,
+    markdown_grid,
+    measured_tables,
+    notes,
+    results_dir_argument,
+    write,
+)
+
+REPORTS = {"REPORT.md": ("paper", "cpu"), "REPORT_smoke.md": ("smoke",)}
+PROFILE_NAMES = {"paper": "at the paper's scale", "cpu": "scaled down (profile cpu)", "smoke": "smoke test only"}
+HIGH = 95.0  # percent: what three layers of minGRU are to exceed
+FIGURES = (
+    (
+        "{table}{suffix}",
+        "Means with standard deviations. Hollow: the paper's, where the scale is its own († unconfirmed).",
+    ),
+    ("{table}_accuracy{suffix}", "Mean over seeds, in a band from the least to the greatest."),
+    ("{table}_loss{suffix}", "The same runs' training loss."),
+)
+
+
+# -- what was found
+
+
+def layers_found(profile: str, found: list[Entry]) -> list[str]:
+    said = []
+    for model in dict.fromkeys(entry.cell.row for entry in found):
+        mine = [entry for entry in found if entry.cell.row == model and entry.done]
+        if not mine:
+            continue
+        deepest = mine[-1]
+        verdict = "above" if deepest.mean() > HIGH else "not above"
+        said.append(f"{model} with {deepest.cell.column} layers: {_said(deepest)}, {verdict} {HIGH:g} %.")
+        if len(mine) > 1:
+            rises = all(low.mean() < high.mean() for low, high in zip(mine, mine[1:], strict=False))
+            order = " → ".join(f"{entry.metric.format(entry.mean())}" for entry in mine)
+            numbers = ", ".join(entry.cell.column for entry in mine)
+            said.append(
+                f"{model}: accuracy {'rises' if rises else 'does not rise'} with each layer ({numbers}: {order})."
+            )
+    return said
+
+
+def copying_found(profile: str, found: list[Entry]) -> list[str]:
+    said = []
+    chance = TABLES["table2_selective_copy"].chance
+    for entry in found:
+        if entry.cell.row in ("No gate S4", "No gate S4D") and entry.done:
+            level = chance(entry.done[0]["config"])
+            near = "near" if entry.mean() < 2 * level else "not near"
+            said.append(f"{entry.cell.row} (time-invariant): {_said(entry)}; chance is {level:.1f} %, so {near} it.")
+    done = sorted((entry for entry in found if entry.done), key=lambda entry: -entry.mean())
+    if len(done) > 1:
+        names = [f"{entry.cell.row} {entry.metric.format(entry.mean())}" for entry in done]
+        above = sum(entry.mean() > HIGH for entry in done)
+        said.append(
+            f"Above {HIGH:g} %: {', '.join(names[:above]) or 'none'}. Below: {', '.join(names[above:]) or 'none'}."
+        )
+    return said
+
+
+FINDINGS: dict[str, Callable[[str, list[Entry]], list[str]]] = {
+    "table1_layers": layers_found,
+    "table2_selective_copy": copying_found,
+}
+
+
+def compared_with_paper(found: list[Entry]) -> list[str]:
+    """At the paper's scale: whose interval, mean ± standard deviation (a point for one run), meets the paper's."""
+    judged = [entry for entry in found if entry.done and entry.paper and entry.paper.confirmed]
+    meets, apart = [], []
+    for entry in judged:
+        gap = abs(entry.mean() - entry.paper.value) - (entry.std() or 0) - (entry.paper.std or 0)
+        (meets if round(gap, 6) <= 0 else apart).append(entry.cell.label)
+    if not judged:
+        return []
+    return [
+        f"Mean ± standard deviation meets the paper's (confirmed values only): {'; '.join(meets) or 'none'}. "
+        f"Does not: {'; '.join(apart) or 'none'}."
+    ]
+
+
+def blank(found: list[Entry]) -> list[str]:
+    names = [entry.cell.label for entry in found if not entry.done and not entry.others]
+    return [f"Not run: {'; '.join(names)}."] if names else []
+
+
+def troubles(found: list[Entry]) -> list[str]:
+    return [
+        f"{entry.cell.label}, seed {record['seed']} {record['status']}: {_line(record['reason'])} "
+        f"(`{record['run_id']}`)"
+        for entry in found
+        for record in entry.others
+    ]
+
+
+def _said(entry: Entry) -> str:
+    spread = "" if entry.std() is None else f" ± {entry.metric.format(entry.std())}"
+    return f"{entry.metric.format(entry.mean())}{spread} {entry.metric.unit} (n = {len(entry.done)})"
+
+
+def _line(reason: str | None, most: int = 160) -> str:
+    """The first line, safe in a list of markdown; the record has the rest."""
+    text = (reason or "no reason given").strip().splitlines()[0].replace("`", "'").replace("<", "&lt;")
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+# -- the page
+
+
+def section(folder: Path, table: str, profile: str, found: list[Entry]) -> str:
+    suffix = "" if profile == "paper" else f"_{profile}"
+    parts = [
+        f"## {TABLES[table].title}, {PROFILE_NAMES[profile]}",
+        caption(table, profile, found),
+        markdown_grid(*grid(table, profile, found)),
+        " ".join(notes(found)),
+    ]
+    said = FINDINGS[table](profile, found) if table in FINDINGS and profile != "smoke" else []
+    said += compared_with_paper(found) if profile == "paper" else []
+    said += blank(found)
+    parts.append("\n".join(f"- {line}" for line in said))
+    failures = troubles(found)
+    if failures:
+        parts.append("Failed or diverged:\n\n" + "\n".join(f"- {line}" for line in failures))
+    for name, text in FIGURES:
+        path = f"figures/{name.format(table=table, suffix=suffix)}.png"
+        if (folder / path).exists():
+            parts.append(f"![{TABLES[table].title}]({path})\n\n*{text}*")
+    parts.append(
+        runs(profile, found) + f"\n\nAs data: [{file_name(table, profile)}.csv](tables/{file_name(table, profile)}.csv)"
+    )
+    return "\n\n".join(filter(None, parts))
+
+
+def runs(profile: str, found: list[Entry]) -> str:
+    lines = []
+    for entry in found:
+        for record in entry.done + entry.others:
+            place = f"runs/{record['experiment']}/{record['run_id']}/record.json"
+            lines.append(
+                f"- {entry.cell.label}, seed {record['seed']}: [{record['run_id']}]({place}), {record['status']}"
+            )
+    return f"<details><summary>Runs ({len(lines)})</summary>\n\n" + "\n".join(lines) + "\n\n</details>"
+
+
+def made_with(records: list[dict]) -> str:
+    versions = {}
+    for record in records:
+        for name, version in (record.get("versions") or {}).items():
+            if version is not None:
+                versions.setdefault(name, set()).add(version)
+    commits = {(record.get("git") or {}).get("commit") or "unknown" for record in records}
+    dirty = sum(not (record.get("git") or {}).get("clean") for record in records)
+    hours = sum(record.get("seconds") or 0 for record in records) / 3600
+    listed = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items()))
+    return (
+        f"{len(records)} runs, {hours:.1f} hours in all, on {'; '.join(machines(records))}. "
+        f"{listed or 'Versions unknown'}. Commits: {', '.join(f'`{commit[:10]}`' for commit in sorted(commits))}"
+        + (f"; {dirty} runs from a working tree with changes not committed" if dirty else "")
+        + "."
+    )
+
+
+def page(results_dir: str | Path, profiles: tuple[str, ...], records: Records, paper: Path) -> str | None:
+    """None where there is no record of these profiles."""
+    chosen = {name: record for name, record in records.items() if record["profile"] in profiles}
+    if not chosen:
+        return None
+    parts = [
+        "# Results",
+        "Made by `make report` from the records in `runs/`; numbers and words follow from them by rule.",
+        made_with(list(chosen.values())),
+    ]
+    parts += [section(Path(results_dir), *table) for table in measured_tables(chosen, paper)]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_all(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:
+    records, written = load(results_dir), []
+    for name, profiles in REPORTS.items():
+        content = page(results_dir, profiles, records, paper)
+        if content is not None:
+            path = Path(results_dir) / name
+            write(path, content)
+            written.append(path)
+    return written
+
+
+def main() -> None:
+    for path in write_all(results_dir_argument(__doc__.splitlines()[0])):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

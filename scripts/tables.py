@@ -1,0 +1,300 @@
+"""Tables from records alone: `python -m scripts.tables`. Needs no torch.
+
+`results/tables/<table>.{csv,md,tex}` hold the runs of profile paper, `<table>_cpu.*` and `<table>_smoke.*` those of
+the scaled profiles. A profile without any record has no file. The csv is long, one line a cell, in the units of
+`results/paper.csv`; mean and standard deviation (of a sample) are over seeds that are done, whose ids it lists.
+"""
+
+import argparse
+import csv
+import io
+import os
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.config import PROFILES, run_id
+from experiments.records import read_records
+from scripts.plan import CELLS, METRICS, TABLES, Cell, Metric
+
+PAPER = Path(__file__).parent.parent / "results" / "paper.csv"
+COLUMNS = (
+    *("row", "column", "metric", "n", "mean", "std", "best_mean", "best_std"),
+    *("paper", "paper_confirmed", "run_ids"),
+)
+
+Records = dict[str, dict[str, Any]]  # by run id
+
+
+@dataclass(frozen=True)
+class Published:
+    value: float
+    std: float | None
+    confirmed: bool
+    source: str
+
+
+@dataclass
+class Entry:
+    """A cell and what was measured for it, in the table's unit."""
+
+    cell: Cell
+    done: list[dict[str, Any]] = field(default_factory=list)  # records, by seed
+    others: list[dict[str, Any]] = field(default_factory=list)  # failed and diverged ones
+    paper: Published | None = None
+
+    @property
+    def metric(self) -> Metric:
+        return METRICS[self.cell.metric]
+
+    def values(self, which: str) -> list[float]:
+        return [record["metrics"][which][self.metric.key] * self.metric.scale for record in self.done]
+
+    def mean(self, which: str = "last") -> float | None:
+        return statistics.fmean(self.values(which)) if self.done else None
+
+    def std(self, which: str = "last") -> float | None:
+        return statistics.stdev(self.values(which)) if len(self.done) > 1 else None
+
+
+def load(results_dir: str | Path) -> Records:
+    experiments = dict.fromkeys(cell.experiment for cell in CELLS)
+    return {record["run_id"]: record for name in experiments for record in read_records(results_dir, name)}
+
+
+def read_paper(path: Path = PAPER) -> dict[tuple[str, str, str, str], Published]:
+    with path.open(newline="") as file:
+        return {
+            (line["table"], line["row"], line["column"], line["metric"]): Published(
+                float(line["value"]),
+                float(line["std"]) if line["std"] else None,
+                {"yes": True, "no": False}[line["confirmed"]],
+                line["source"],
+            )
+            for line in csv.DictReader(file)
+        }
+
+
+def entries(table: str, profile: str, records: Records, paper: dict) -> list[Entry]:
+    """The cells of a table in its order, each with its runs of all seeds."""
+    seeds = sorted({record["seed"] for record in records.values()})
+    found = []
+    for cell in CELLS:
+        if cell.table != table:
+            continue
+        entry = Entry(cell, paper=paper.get((table, cell.row, cell.column, cell.metric)))
+        for seed in seeds:
+            record = records.get(run_id({**cell.config(profile), "seed": seed}))
+            if record is not None:
+                (entry.done if record["status"] == "done" else entry.others).append(record)
+        found.append(entry)
+    return found
+
+
+# -- what a reader sees
+
+
+def plus_minus(entry: Entry, which: str) -> str:
+    if not entry.done:
+        return ""
+    mean, std = entry.metric.format(entry.mean(which)), entry.std(which)
+    return mean if std is None else f"{mean} ± {entry.metric.format(std)}"
+
+
+def published(entry: Entry) -> str:
+    if entry.paper is None:
+        return ""
+    text = entry.metric.format(entry.paper.value)
+    if entry.paper.std is not None:
+        text += f" ± {entry.metric.format(entry.paper.std)}"
+    return text if entry.paper.confirmed else text + " †"
+
+
+def measured(entry: Entry) -> str:
+    """The last value, and how many runs gave none."""
+    statuses = Counter(record["status"] for record in entry.others)
+    troubles = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+    value = plus_minus(entry, "last")
+    return f"{value} ({troubles})" if value and troubles else value or troubles
+
+
+def parameters(entry: Entry) -> str:
+    return f"{entry.done[0]['parameters']:,}" if entry.done else ""
+
+
+def grid(table: str, profile: str, found: list[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines. Ours is compared with the paper's only at the paper's scale."""
+    column = TABLES[table].column
+    units = dict.fromkeys(entry.metric.unit for entry in found)
+    unit = f", {next(iter(units))}" if len(units) == 1 and any(units) else ""
+    compared = profile == "paper"
+    header = ["model", *([column] if column else []), f"last{unit}", f"best{unit}", "n", "parameters", f"paper{unit}"]
+    lines = []
+    for entry in found:
+        line = [entry.cell.row, *([entry.cell.column] if column else [])]
+        line += [measured(entry), plus_minus(entry, "best"), str(len(entry.done) or ""), parameters(entry)]
+        line.append(published(entry))
+        if compared:
+            known = entry.done and entry.paper
+            line.append(f"{entry.mean() - entry.paper.value:+.{entry.metric.digits}f}" if known else "")
+        lines.append(line)
+    return header + (["ours - paper"] if compared else []), lines
+
+
+def caption(table: str, profile: str, found: list[Entry]) -> str:
+    records = [record for entry in found for record in (*entry.done, *entry.others)]
+    labels = " and ".join(dict.fromkeys(entry.metric.label for entry in found))
+    scale = ", ".join(
+        f"{name} {_values(key, [record['config'] for record in records])}"
+        + ("" if profile == "paper" else f" (paper: {_values(key, [e.cell.config('paper') for e in found])})")
+        for key, name in TABLES[table].settings
+    )
+    seeds = sorted({record["seed"] for record in records})
+    text = f"{TABLES[table].caption} {labels[0].upper()}{labels[1:]}, mean ± standard deviation over n runs "
+    text += f"({'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}). Last: after the last step; "
+    text += "best: at the step of the best validation. "
+    if profile == "paper":
+        text += f"The paper's scale: {scale}. "
+    else:
+        text += f"Scaled down (profile {profile}): {scale}. The paper's values are those of its own scale. "
+    return text + f"Run on {'; '.join(machines(records))}."
+
+
+def _values(key: str, configs: list[dict[str, Any]]) -> str:
+    section, name = key.split(".")
+    return " or ".join(f"{value:,}" for value in sorted({config[section][name] for config in configs}))
+
+
+def machines(records: list[dict[str, Any]]) -> list[str]:
+    """Each once, in order of its name."""
+    hardware = [record["hardware"] for record in records if record.get("hardware")]
+    return sorted({h["gpu"] if "gpu" in h else f"{h['cpu']} ({h['cores']} cores)" for h in hardware}) or ["unknown"]
+
+
+def notes(found: list[Entry]) -> list[str]:
+    said = []
+    if any(entry.paper and not entry.paper.confirmed for entry in found):
+        said.append("† unconfirmed: recalled, and found in no source that could be reached.")
+    if any(entry.paper is None for entry in found):
+        said.append("No value in the paper's column: not in the paper.")
+    return said
+
+
+def markdown_grid(header: list[str], lines: list[list[str]]) -> str:
+    """Aligned in the source too. Numbers stand to the right."""
+    widths = [max(2, *(len(line[i]) for line in (header, *lines))) for i in range(len(header))]
+    pad = [str.ljust if i == 0 else str.rjust for i in range(len(header))]
+    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+
+    def line(cells):
+        return "| " + " | ".join(f(cell, width) for f, cell, width in zip(pad, cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), line(rule), *map(line, lines)])
+
+
+def markdown(table: str, profile: str, found: list[Entry]) -> str:
+    parts = [caption(table, profile, found), markdown_grid(*grid(table, profile, found)), " ".join(notes(found))]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def latex(table: str, profile: str, found: list[Entry]) -> str:
+    header, lines = grid(table, profile, found)
+    rows = [" & ".join(map(_escape, line)) + r" \\" for line in (header, *lines)]
+    text = _escape(" ".join([caption(table, profile, found), *notes(found)]))
+    return "\n".join(
+        [
+            "% needs \\usepackage{booktabs}",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{text}}}",
+            rf"\label{{tab:{file_name(table, profile)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            r"\toprule",
+            rows[0],
+            r"\midrule",
+            *rows[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _escape(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {char: "\\" + char for char in "&%$#_{}"} | {"±": r"$\pm$", "†": r"$^\dagger$"}
+    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", "".join(special.get(char, char) for char in text))
+
+
+def long(found: list[Entry]) -> str:
+    """The csv's text. Numbers are not rounded to what the reader's table shows."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for entry in found:
+        numbers = [entry.mean(), entry.std(), entry.mean("best"), entry.std("best")]
+        line = [entry.cell.row, entry.cell.column, entry.cell.metric, len(entry.done)]
+        line += ["" if number is None else f"{number:.10g}" for number in numbers]
+        paper = entry.paper
+        line += [f"{paper.value:g}", "yes" if paper.confirmed else "no"] if paper else ["", ""]
+        writer.writerow([*line, " ".join(record["run_id"] for record in entry.done)])
+    return out.getvalue()
+
+
+# -- files
+
+
+def file_name(table: str, profile: str) -> str:
+    return table if profile == "paper" else f"{table}_{profile}"
+
+
+def write(path: Path, content: str) -> None:
+    """Whole or not at all, and only where it differs: several planners renew the same files."""
+    if path.exists() and path.read_text() == content:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(content)
+    temporary.replace(path)
+
+
+def measured_tables(records: Records, paper: Path = PAPER) -> Iterator[tuple[str, str, list[Entry]]]:
+    """(table, profile, its cells) of each that has any record."""
+    values = read_paper(paper)
+    for table in TABLES:
+        for profile in sorted({record["profile"] for record in records.values()}, key=PROFILES.index, reverse=True):
+            found = entries(table, profile, records, values)
+            if any(entry.done or entry.others for entry in found):
+                yield table, profile, found
+
+
+def write_all(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:
+    """Returns the files for reading (md)."""
+    written = []
+    for table, profile, found in measured_tables(load(results_dir), paper):
+        path = Path(results_dir) / "tables" / f"{file_name(table, profile)}.md"
+        write(path, markdown(table, profile, found))
+        write(path.with_suffix(".csv"), long(found))
+        write(path.with_suffix(".tex"), latex(table, profile, found))
+        written.append(path)
+    return written
+
+
+def results_dir_argument(description: str) -> str:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--results-dir", default="results", help="holds runs/; files are written here (results)")
+    return parser.parse_args().results_dir
+
+
+def main() -> None:
+    for path in write_all(results_dir_argument(__doc__.splitlines()[0])):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
