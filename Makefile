@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .PHONY: help
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,9 +23,29 @@ test: $(VENV)/installed  ## run the tests, on the GPU too where there is one
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n auto
 
+.PHONY: reproduce-all
+reproduce-all: $(VENV)/installed  ## every run, table, figure and the report; PROFILE=smoke|cpu|paper SEEDS=3 BUDGET=20m WORKERS=2
+	$(BIN)/python -m scripts.reproduce $(if $(PROFILE),--profile $(PROFILE)) $(if $(SEEDS),--seeds $(SEEDS)) \
+		$(if $(BUDGET),--budget $(BUDGET)) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
+
+.PHONY: tables figures report
+tables: $(VENV)/installed  ## results/tables from the records, in seconds
+	$(BIN)/python -m scripts.tables
+	$(BIN)/python -m benchmarks.tables
+
+figures: $(VENV)/installed  ## results/figures from the records, in seconds
+	$(BIN)/python -m scripts.figures
+
+report: $(VENV)/installed  ## results/REPORT.md from the records, in seconds
+	$(BIN)/python -m scripts.report
+
 .PHONY: bench
-bench: $(VENV)/installed  ## kernels and layers against peers on this machine; renews results/tables and README
+bench: $(VENV)/installed  ## kernels, layers and a training step against peers on this machine; renews results/tables and README
 	$(BIN)/python -m benchmarks.run
+
+.PHONY: gpu
+gpu: $(VENV)/installed  ## for a borrowed GPU: kernel tests, benchmark, then the most wanted runs; BUDGET=8m OUT=dir
+	$(BIN)/python -m scripts.gpu $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 .PHONY: clean
 clean:  ## remove .venv and caches

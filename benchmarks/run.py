@@ -24,7 +24,6 @@ from . import tables
 from .measure import copy_bandwidth, relative_error, seconds, summary
 from .training import training
 
-RESULTS = Path("results/bench")
 KERNEL_SHAPES = {
     "cpu": [(64, 256, 768), (8, 1024, 384), (4, 4096, 384), (1, 65536, 64)],
     "cuda": [(64, 512, 384), (64, 4096, 384), (8, 4096, 2048), (1, 65536, 1024)],
@@ -249,11 +248,12 @@ PARTS = {"precision": precision, "kernels": kernels, "layers": layers, "training
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("device", nargs="?", choices=("cpu", "cuda"))
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder (results)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    path = RESULTS / f"{device}.json"
+    path = arguments.results / "bench" / f"{device}.json"
     facts = hardware(device) | versions("numba", "triton")
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in arguments.only:
@@ -263,7 +263,7 @@ def main() -> None:
         whole = path.with_suffix(".tmp")  # a run that is killed leaves the old results
         whole.write_text(json.dumps(results, indent=1) + "\n")
         whole.replace(path)
-    tables.main()
+    tables.main(arguments.results)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-RESULTS, TABLES, README = Path("results/bench"), Path("results/tables"), Path("README.md")
+RESULTS, README = Path("results"), Path("README.md")
 CELL_NAMES = {"mingru_g": "minGRU", "minlstm_g": "minLSTM", "linear": "linear"}
 
 
@@ -165,22 +165,25 @@ CAPTIONS = {
 TABLE = {"kernels": kernel_table, "layers": layer_table, "precision": precision_table, "training": training_table}
 
 
-def main() -> None:
-    TABLES.mkdir(parents=True, exist_ok=True)
-    for path in sorted(RESULTS.glob("*.json")):
+def main(folder: Path = RESULTS) -> None:
+    """README shows what stands in its own results folder only."""
+    target = folder / "tables"
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted((folder / "bench").glob("*.json")):
         device, results = path.stem, json.loads(path.read_text())
         for part, content in results.items():
             rows = content["rows"]
             bandwidths = [row.get("copy_bandwidth", 0) / 1e9 for row in rows]
             caption = CAPTIONS[part].format(bandwidth=f"{min(bandwidths):.0f} to {max(bandwidths):.0f}")
             text = f"{caption} {machine(content)}.\n\n{TABLE[part](rows)}"
-            (TABLES / f"bench_{part}_{device}.md").write_text(text)
-            with (TABLES / f"bench_{part}_{device}.csv").open("w", newline="") as file:
+            (target / f"bench_{part}_{device}.md").write_text(text)
+            with (target / f"bench_{part}_{device}.csv").open("w", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(["row", "column", "metric", "value"])
                 writer.writerows(long_rows(part, rows))
-            renew_readme(f"{part}_{device}", text)
-    print(f"tables: {TABLES}/bench_*")
+            if folder == RESULTS:
+                renew_readme(f"{part}_{device}", text)
+    print(f"tables: {target}/bench_*")
 
 
 def renew_readme(name: str, text: str) -> None:

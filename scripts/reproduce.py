@@ -374,6 +374,7 @@ def cores() -> int:
 def main() -> int:
     arguments = parse()
     profile = arguments.profile or ("paper" if has_gpu() else "cpu")
+    arguments.results_dir = arguments.results_dir or ("outputs/smoke" if profile == "smoke" else "results")
     workers = arguments.workers or (1 if has_gpu() else cores())
     plan = runs(profile, arguments.seeds)
     settings = [
@@ -415,9 +416,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--profile", choices=PROFILES, help="scale (paper on a GPU, cpu elsewhere)")
     parser.add_argument("--seeds", type=_count, default=1, help="how many: 0, 1, ... (1)")
-    parser.add_argument("--budget", type=_seconds, help="stop cleanly after this time: 90s, 20m, 2h (none)")
+    parser.add_argument("--budget", type=seconds, help="stop cleanly after this time: 90s, 20m, 2h (none)")
     parser.add_argument("--workers", type=_count, help="runs at once (one a CPU core; on a GPU 1)")
-    parser.add_argument("--results-dir", default="results", help="records, tables, figures, report (results)")
+    parser.add_argument(
+        "--results-dir", help="records, tables, figures, report (results; outputs/smoke for profile smoke)"
+    )
     parser.add_argument("--output-dir", default="outputs", help="checkpoints and logs (outputs)")
     parser.add_argument("--logger", choices=("wandb", "none"), default="wandb", help="of each run (wandb, offline)")
     parser.add_argument("--list", action="store_true", help="say what is done and what is left, and end")
@@ -434,7 +437,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if not match or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"expected a time such as 90s, 20m or 2h, got {text!r}")

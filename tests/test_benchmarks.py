@@ -59,6 +59,15 @@ RECORD = {
         ],
         "hardware": HARDWARE, "commit": None, "clean": False,
     },
+    "training": {
+        "rows": [
+            {
+                "shape": [64, 528], "micro_batches": 2, "dtype": "float32",
+                "minrnn": timing(900), "scans": timing(180), "minGRU-pytorch": timing(3600),
+            }
+        ],
+        "hardware": HARDWARE, "commit": None, "clean": False,
+    },
 }  # fmt: skip
 
 
@@ -77,6 +86,9 @@ def test_tables_come_from_the_record_alone(tmp_path, monkeypatch):
     assert readme.read_text() == once
     layers = (tmp_path / "results/tables/bench_layers_cpu.md").read_text()
     assert "| 300 / 330 (5.0 x) |  |" in layers and "uncommitted changes" in layers
+    training = (tmp_path / "results/tables/bench_training_cpu.md").read_text()
+    # 400k steps at the median of 990 ms are 110 hours.
+    assert "| (64, 528) | 900 / 990 | 0.20 | 110.0 | 3.6e+03 / 3.96e+03 (4.0 x) |" in training
     with (tmp_path / "results/tables/bench_kernels_cpu.csv").open() as file:
         rows = {(r["column"], r["metric"]): float(r["value"]) for r in csv.DictReader(file)}
     assert rows["log-space", "both min_ms"] == 400

@@ -486,5 +486,5 @@ def test_overrides_must_leave_the_runs_what_they_are():
 
 
 def test_times_are_read_and_said():
-    assert [reproduce._seconds(text) for text in ("90s", "20m", "1.5h")] == [90, 1200, 5400]
+    assert [reproduce.seconds(text) for text in ("90s", "20m", "1.5h")] == [90, 1200, 5400]
     assert [reproduce.duration(s) for s in (90.4, 1200, 9000)] == ["90 s", "20 min", "2.5 h"]

@@ -1,0 +1,27 @@
+"""Fetches what experiments need, or says what to do: `python -m scripts.data [name ...]`."""
+
+import argparse
+import sys
+
+from experiments.data import FILES, DataError, find
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.data", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(FILES)} (all)")
+    names = parser.parse_args().names or list(FILES)
+    unknown = sorted(set(names) - set(FILES))
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: no such file; there are {', '.join(FILES)}")
+    missing = 0
+    for name in names:
+        try:
+            print(f"{name}: {find(name)} ({FILES[name].about})")
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+            missing += 1
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""`make gpu`: the most out of a GPU that is borrowed for minutes. `python -m scripts.gpu --budget 8m --out DIR`
+
+In this order, until the budget ends: kernel tests, kernel benchmark, then the most wanted unfinished runs of profile
+paper. All that is worth keeping lies in DIR as a few small files: state.tar.gz (records, checkpoints of unfinished
+runs, the benchmark's results), logs, summary.md. A later call with that state.tar.gz in its DIR (or `--state FILE`)
+goes on from there: tests and benchmark that passed for the same commit are not done again.
+
+    python -m scripts.gpu --bring-home DIR      copies the records and the benchmark from DIR into results/
+
+`--dry-run` does all of it without a GPU, in minutes: kernels in Triton's interpreter, profile smoke.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+from experiments.records import read_record, write_json
+from scripts.reproduce import duration, has_gpu, seconds
+
+RESERVE = 20.0  # seconds of the budget, to stop and to pack
+WORK = Path("outputs/gpu")
+PARTS = {"tests": "kernel tests", "bench": "kernel benchmark"}
+
+
+class Session:
+    def __init__(self, out: Path, budget: float, state: Path | None, dry_run: bool):
+        self.out, self.dry_run = out, dry_run
+        self.deadline = time.monotonic() + budget - min(RESERVE, budget / 4)
+        self.lines: list[str] = []
+        self.process: subprocess.Popen | None = None
+        self.told = False
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(WORK, ignore_errors=True)
+        WORK.mkdir(parents=True)
+        state = state or out / "state.tar.gz"
+        if state.exists():
+            with tarfile.open(state) as archive:
+                archive.extractall(WORK, filter="data")
+            self.say(f"goes on from {state}")
+        self.done = json.loads((WORK / "done.json").read_text()) if (WORK / "done.json").exists() else {}
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+        self.commit = git.stdout.strip() or "unknown"
+        signal.signal(signal.SIGTERM, self.stop)
+        signal.signal(signal.SIGINT, self.stop)
+
+    def stop(self, number, frame) -> None:
+        self.told = True
+        if self.process is not None:
+            self.process.terminate()
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.lines.append(text)
+
+    @property
+    def left(self) -> float:
+        return 0.0 if self.told else self.deadline - time.monotonic()
+
+    def call(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> int | None:
+        """The exit code, or None where the time was over first. Its output goes to DIR/<name>.log and is shown."""
+        log = self.out / f"{name}.log"
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | (environment or {})
+            )
+            try:
+                code = self.process.wait(timeout=max(1.0, self.left))
+            except subprocess.TimeoutExpired:
+                self.process.terminate()
+                try:
+                    self.process.wait(timeout=RESERVE / 2)
+                except subprocess.TimeoutExpired:
+                    self.process.kill()
+                    self.process.wait()
+                code = None
+        self.process = None
+        tail = log.read_text(errors="replace").strip().splitlines()[-3:]
+        print("\n".join(f"    {line}" for line in tail), flush=True)
+        return code
+
+    def part(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> None:
+        """Once for a commit; a failure is said and does not keep the rest from being done."""
+        if self.done.get(name) == self.commit:
+            self.say(f"{PARTS[name]}: passed before, for this commit")
+            return
+        began, code = time.monotonic(), self.call(name, command, environment)
+        took = duration(time.monotonic() - began)
+        if code == 0:
+            self.done[name] = self.commit
+            write_json(WORK / "done.json", self.done)
+            self.say(f"{PARTS[name]}: passed in {took}")
+        else:
+            self.say(
+                f"{PARTS[name]}: {'not finished' if code is None else f'FAILED ({code})'} after {took}, {name}.log"
+            )
+
+    def go(self, seeds: int, overrides: list[str]) -> int:
+        python, device = sys.executable, "cpu" if self.dry_run else "cuda"
+        # One process: several would share the card, and a notebook's machine has two cores.
+        tests = ["tests/test_scan.py", "tests/test_rnn.py", *(() if self.dry_run else ("tests/test_triton.py",))]
+        chosen = ["-k", "triton and linear"] if self.dry_run else []
+        self.part("tests", [python, "-m", "pytest", "--maxfail=20", *tests, *chosen])
+        parts = ["--only", "precision"] if self.dry_run else []
+        self.part("bench", [python, "-m", "benchmarks.run", device, "--results", str(WORK / "results"), *parts])
+        if self.left > 10:
+            planner = [python, "-m", "scripts.reproduce", "--profile", "smoke" if self.dry_run else "paper"]
+            planner += ["--seeds", str(seeds), "--budget", f"{self.left:.0f}s", "--logger", "none"]
+            planner += ["--results-dir", str(WORK / "results"), "--output-dir", str(WORK / "runs"), *overrides]
+            self.deadline += RESERVE / 2  # it stops by itself, and then says what it has
+            self.call("runs", planner)
+        records = sorted((WORK / "results" / "runs").glob("*/*/record.json"))
+        for path in records:
+            record = read_record(path)
+            self.say(
+                f"run {record['run_id']} {record['config']['model']['name']} seed {record['seed']}: {record['status']}"
+            )
+        self.pack({path.parent.name for path in records})
+        return 0
+
+    def pack(self, finished: set[str]) -> None:
+        """state.tar.gz, whole or not at all, and summary.md."""
+        temporary = self.out / ".state.tar.gz"
+        with tarfile.open(temporary, "w:gz", compresslevel=1) as archive:
+            for path in sorted(path for path in WORK.rglob("*") if path.is_file()):
+                place = path.relative_to(WORK)
+                kept = place.parts[0] == "results" or place.name == "done.json" or place.suffix == ".pt"
+                if kept and not (place.suffix == ".pt" and path.parent.name in finished):
+                    archive.add(path, place)
+        temporary.replace(self.out / "state.tar.gz")
+        size = (self.out / "state.tar.gz").stat().st_size / 2**20
+        self.say(f"{self.out / 'state.tar.gz'}: {size:.1f} MiB; the same command with it there goes on from here")
+        (self.out / "summary.md").write_text("\n".join(f"- {line}" for line in self.lines) + "\n")
+
+
+def bring_home(out: Path) -> None:
+    """Records and benchmark into results/; what is there already and final stays."""
+    results, copied = Path("results"), 0
+    with tarfile.open(out / "state.tar.gz") as archive:
+        for member in archive.getmembers():
+            place = Path(member.name)
+            wanted = place.name == "record.json" or place.parts[:2] == ("results", "bench")
+            target = results / place.relative_to("results") if wanted else None
+            if target is None or (place.name == "record.json" and target.exists()):
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(archive.extractfile(member).read())
+            copied += 1
+    print(f"{copied} files into {results}/; now: make tables figures report")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--budget", type=seconds, default=480.0, help="90s, 8m, 2h (8m)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-out"), help="where everything worth keeping goes (gpu-out)"
+    )
+    parser.add_argument("--state", type=Path, help="state.tar.gz of an earlier call, if not in --out")
+    parser.add_argument("--seeds", type=int, default=3, help="of each run (3)")
+    parser.add_argument("--dry-run", action="store_true", help="all of it on a CPU, at the smallest size")
+    parser.add_argument("--bring-home", type=Path, metavar="DIR", help="copy what DIR holds into results/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run: micro_batches=1 compile=true")
+    arguments = parser.parse_args()
+    if arguments.bring_home:
+        bring_home(arguments.bring_home)
+        return 0
+    if not has_gpu() and not arguments.dry_run:
+        sys.exit("error: no CUDA GPU here (nvidia-smi lists none, or torch is its CPU build); --dry-run does without")
+    session = Session(arguments.out, arguments.budget, arguments.state, arguments.dry_run)
+    return session.go(arguments.seeds, arguments.overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
