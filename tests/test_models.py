@@ -1,0 +1,163 @@
+"""Every model obeys the law of recurrence, and the paper's is the one written out by hand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from experiments.config import MODELS
+from experiments.launch import resolve
+from minrnn.mixers import GRUMixer, LSTMMixer, MinGRUMixer, MinLSTMMixer, make
+from minrnn.mixers.base import state_map
+from minrnn.models import Backbone, RMSNorm, TokenModel
+
+NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs/model").glob("*.yaml"))
+RECURRENT = [name for name in NAMES if "hyena" not in name]
+TOKENS = torch.arange(2 * 23).view(2, 23) * 7 % 16
+
+
+def model_of(name, dtype=torch.float64, layers=2):
+    model = resolve("selective_copy", [f"model={name}", f"model.layers={layers}"]).model
+    return TokenModel(16, 16, 16, layers, make(**model.mixer(64))).to(dtype)
+
+
+def close(actual, expected, tolerance=1e-9):
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    error = (actual - expected).norm() / expected.norm()
+    assert error < tolerance, f"{error:.1e}"
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_parallel_is_stepwise_is_chunks(name):
+    model = model_of(name)
+    whole, none = model(TOKENS)
+    assert none is None
+    state, again = model.initial_state(2), []
+    for token in TOKENS.unbind(1):
+        logits, state = model.step(token, state)
+        again.append(logits)
+    close(torch.stack(again, 1), whole)
+    chunks, carried = [], model.initial_state(2)
+    for part in TOKENS.split([1, 9, 2, 11], 1):
+        logits, carried = model(part, carried)
+        chunks.append(logits)
+    close(torch.cat(chunks, 1), whole)
+    flat = [[], []]
+    for found, parts in zip(flat, (state, carried), strict=True):
+        state_map(lambda tensor, found=found: found.append(tensor) or tensor, parts)
+    assert len(flat[0]) == len(flat[1]) > 0
+    for one, other in zip(*flat, strict=True):
+        close(one, other, 1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_future_does_not_reach_the_past(name):
+    model = model_of(name)
+    changed = TOKENS.clone()
+    changed[:, 15:] = 3
+    before, after = model(TOKENS)[0], model(changed)[0]
+    close(after[:, :15], before[:, :15])
+    assert (after[:, 15:] - before[:, 15:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "hyena" in name])
+def test_a_convolution_says_that_it_has_no_step(name):
+    model = model_of(name)
+    with pytest.raises(NotImplementedError, match="Hyena"):
+        model.initial_state(2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_learns(name):
+    model = model_of(name)
+    F.cross_entropy(model(TOKENS)[0].flatten(0, 1), TOKENS.flatten()).backward()
+    for parameter, value in model.named_parameters():
+        assert value.grad is not None and value.grad.isfinite().all(), parameter
+        assert value.grad.abs().max() > 0, parameter
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sixteen_bits_by_autocast(name):
+    model = model_of(name, torch.float32)
+    wide = model(TOKENS)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = model(TOKENS)[0]
+        if name in RECURRENT:
+            chunk, state = model(TOKENS[:, :9], model.initial_state(2))
+            close(chunk, narrow[:, :9], 2e-2)
+            model.step(TOKENS[:, 9], state)
+    assert narrow.dtype == torch.bfloat16
+    close(narrow.float(), wide, 5e-2)
+
+
+def test_logits_of_the_last_steps_only():
+    model = model_of("mingru")
+    close(model(TOKENS, last=5)[0], model(TOKENS)[0][:, -5:])
+
+
+@pytest.mark.parametrize("name", ("mingru", "minlstm", "minlstm_unnormalized"))
+def test_the_papers_model_written_out(name):
+    """In float64, with loops, from arXiv 2410.01201 sections 3.1, 3.2, B and the layout in FACTS 1.5."""
+    model = model_of(name, layers=3)
+
+    def g(x):
+        return torch.where(x >= 0, x + 0.5, x.sigmoid())
+
+    def norm(x, gamma):
+        return x / x.norm(dim=-1, keepdim=True) * x.shape[-1] ** 0.5 * (1 + gamma)
+
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from where mistakes cancel
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        x = model.embedding.weight[TOKENS]
+        for layer, mixer in zip(model.backbone.norms, model.backbone.mixers, strict=True):
+            projected = norm(x, layer.gamma) @ mixer.rnn.weight_ih_l0.T + mixer.rnn.bias_ih_l0
+            h, states = g(mixer.initial).expand(2, -1), []
+            for now in projected.unbind(1):
+                if name == "mingru":
+                    gate, candidate = now.chunk(2, -1)
+                    h = (1 - gate.sigmoid()) * h + gate.sigmoid() * g(candidate)
+                else:
+                    f, i, candidate = now.chunk(3, -1)
+                    f, i = f.sigmoid(), i.sigmoid()
+                    total = f + i if name == "minlstm" else 1
+                    h = f / total * h + i / total * g(candidate)
+                states.append(h)
+            x = x + torch.stack(states, 1) @ mixer.out.weight.T + mixer.out.bias
+        expected = norm(x, model.backbone.norm.gamma) @ model.head.weight.T
+    close(model(TOKENS)[0], expected, 1e-6)  # RMSNorm's eps
+
+
+@pytest.mark.parametrize("name", ("mingru", "minlstm"))
+def test_compiles_as_one_graph(name):
+    model = model_of(name, torch.float32)
+    close(torch.compile(model, backend="aot_eager", fullgraph=True)(TOKENS, last=5)[0], model(TOKENS, last=5)[0], 1e-5)
+
+
+def test_rms_norm_is_torchs_with_the_weight_around_one():
+    norm, torchs = RMSNorm(8), torch.nn.RMSNorm(8)
+    with torch.no_grad():
+        norm.gamma.copy_(torch.randn(8))
+        torchs.weight.copy_(norm.gamma + 1)
+    x = torch.randn(3, 5, 8)
+    close(norm(x), torchs(x), 1e-6)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="layers: expected a positive int, got 0"):
+        Backbone(8, 0, MinGRUMixer)
+    with pytest.raises(ValueError, match="expansion: expected expansion . dim to be a whole number, got 0.3 . 8 = 2.4"):
+        MinGRUMixer(8, 0.3)
+    with pytest.raises(ValueError, match="name: expected one of .*'mingru'.*, got 'gru2'"):
+        make("gru2")
+    with pytest.raises(ValueError, match="wrapping: expected one of .*'h3'.*, got 'h4'"):
+        make("ssm", wrapping="h4", inner="s4")
+    assert set(MODELS) == {"mingru", "minlstm", "gru", "lstm", "ssm"}
+
+
+@pytest.mark.parametrize("mixer", (GRUMixer, LSTMMixer, MinGRUMixer, MinLSTMMixer))
+def test_any_layout_of_the_input(mixer):
+    layer = mixer(8, 2).double()
+    x = torch.randn(5, 3, 8, dtype=torch.float64)
+    close(layer(x.transpose(0, 1))[0], layer(x.transpose(0, 1).contiguous())[0])
