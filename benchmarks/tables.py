@@ -181,17 +181,16 @@ def main(folder: Path = RESULTS) -> None:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(["row", "column", "metric", "value"])
                 writer.writerows(long_rows(part, rows))
-            if folder == RESULTS:
-                renew_readme(f"{part}_{device}", text)
+            if folder == RESULTS:  # float32 only, to stay readable
+                renew_readme(f"bench:{part}_{device}", re.sub(r".*float16 \|.*\n", "", text))
     print(f"tables: {target}/bench_*")
 
 
 def renew_readme(name: str, text: str) -> None:
-    """Replaces what stands between the two marks of this name; README shows float32 only, to stay readable."""
-    mark = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
-    shown = "\n".join(line for line in text.splitlines() if "float16 |" not in line)
+    """Replaces what stands between the two marks of this name."""
+    mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     old = README.read_text()
-    README.write_text(mark.sub(lambda m: m[1] + shown + "\n" + m[2], old))
+    README.write_text(mark.sub(lambda m: m[1] + text.strip() + "\n" + m[2], old))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 A later experiment adds to METRICS, TABLES and CELLS; planner, tables, figures and report follow.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from experiments.config import run_id
+from experiments.config import PROFILES, run_id
 from experiments.launch import compose
 
 
@@ -50,12 +51,16 @@ class Cell:
     overrides: tuple[str, ...]
     order: int  # the smaller, the more wanted
     paper_overrides: tuple[str, ...] = ()  # in profile paper only
+    profiles: tuple[str, ...] = PROFILES  # that have it
 
     def config(self, profile: str) -> dict[str, Any]:
         return _compose(self.experiment, self.settings(profile))
 
     def settings(self, profile: str) -> tuple[str, ...]:
         return (f"profile={profile}", *self.overrides, *(self.paper_overrides if profile == "paper" else ()))
+
+    def paper_scale(self) -> dict[str, Any]:
+        return _compose(self.experiment, ("profile=paper",))
 
     @property
     def label(self) -> str:
@@ -73,6 +78,23 @@ SCALE = (
 def _chance(config: dict[str, Any]) -> float:
     """Of selective copying, in percent: a token is one of the vocabulary less marker and noise."""
     return 100 / (config["data"]["vocab"] - 2)
+
+
+def commonest(config: dict[str, Any]) -> float:
+    """Percent right of whoever knows how often each symbol came, but not when, and always names the commonest.
+
+    That is E[largest count] / M for M tokens over V symbols; P(largest <= k) = M! / V^M [x^M] (sum_{j<=k} x^j / j!)^V.
+    """
+    tokens, symbols = config["data"]["tokens"], config["data"]["vocab"] - 2
+    expected = 0.0
+    for most in range(tokens):
+        powers = [1.0] + [0.0] * tokens
+        for _ in range(symbols):
+            powers = [
+                sum(powers[n - j] / math.factorial(j) for j in range(min(most, n) + 1)) for n in range(tokens + 1)
+            ]
+        expected += 1 - math.factorial(tokens) * powers[tokens] / symbols**tokens
+    return 100 * expected / tokens
 
 
 TABLES = {
@@ -97,6 +119,15 @@ TABLES = {
             ("Mamba", ("Mamba S6", "Mamba S4", "Mamba Hyena")),
         ),
     ),
+    "selective_copy_longer": Table(
+        title="Selective copying on a longer body",
+        caption="On the way from the scaled task to the paper's: the paper's number of tokens in a body four times as "
+        "long.",
+        column=None,
+        settings=SCALE,
+        chance=_chance,
+        panels=(("Body of 256, 16 tokens", ("minGRU", "No gate S4")),),
+    ),
 }
 
 
@@ -113,6 +144,12 @@ def _copying(order: int, row: str, *overrides: str, paper: tuple[str, ...] = ())
 def _baseline(order: int, row: str, model: str) -> Cell:
     # Layers and learning rate of the Mamba paper (arXiv 2312.00752, E.1).
     return _copying(order, row, f"model={model}", "model.layers=2", paper=("train.lr=1e-4",))
+
+
+def _longer(order: int, row: str, *overrides: str) -> Cell:
+    settings = (*overrides, "data.length=256", "data.tokens=16")
+    metric, experiment = "test_accuracy_percent", "selective_copy"
+    return Cell("selective_copy_longer", row, "accuracy", metric, experiment, settings, order, profiles=("cpu",))
 
 
 # In the order in which a table shows them.
@@ -139,6 +176,8 @@ CELLS = (
     _copying(210, "LSTM", "model=lstm", "model.layers=3", "model.expansion=1.875"),
     _copying(220, "minLSTM unnormalised", "model=minlstm_unnormalized", "model.layers=3"),
     _baseline(230, "No gate S4D", "s4d"),
+    _longer(180, "minGRU", "model=mingru", "model.layers=3"),
+    _longer(190, "No gate S4", "model=s4", "model.layers=2"),
 )
 
 
@@ -160,7 +199,7 @@ class Run:
 def runs(profile: str, seeds: int, cells: Iterable[Cell] = CELLS) -> list[Run]:
     """Every run once, most wanted first, all of seed 0 before any of seed 1."""
     groups: dict[str, list[Cell]] = {}
-    for cell in sorted(cells, key=lambda cell: cell.order):
+    for cell in sorted((cell for cell in cells if profile in cell.profiles), key=lambda cell: cell.order):
         groups.setdefault(run_id({**cell.config(profile), "seed": None}), []).append(cell)
     found = []
     for seed in range(seeds):

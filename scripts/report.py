@@ -7,7 +7,7 @@ words follows from the numbers by fixed rules; unconfirmed values of the paper a
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.plan import TABLES
+from scripts.plan import TABLES, commonest
 from scripts.tables import (
     PAPER,
     Entry,
@@ -61,12 +61,15 @@ def layers_found(profile: str, found: list[Entry]) -> list[str]:
 
 def copying_found(profile: str, found: list[Entry]) -> list[str]:
     said = []
-    chance = TABLES["table2_selective_copy"].chance
     for entry in found:
         if entry.cell.row in ("No gate S4", "No gate S4D") and entry.done:
-            level = chance(entry.done[0]["config"])
-            near = "near" if entry.mean() < 2 * level else "not near"
-            said.append(f"{entry.cell.row} (time-invariant): {_said(entry)}; chance is {level:.1f} %, so {near} it.")
+            config = entry.done[0]["config"]
+            level, counting = TABLES[entry.cell.table].chance(config), commonest(config)
+            verdict = "no more than" if entry.mean() <= counting else "more than"
+            said.append(
+                f"{entry.cell.row} (time-invariant): {_said(entry)}, {verdict} the {counting:.1f} % of naming the "
+                f"commonest symbol, which takes no knowledge of order; chance is {level:.1f} %."
+            )
     done = sorted((entry for entry in found if entry.done), key=lambda entry: -entry.mean())
     if len(done) > 1:
         names = [f"{entry.cell.row} {entry.metric.format(entry.mean())}" for entry in done]
@@ -80,6 +83,7 @@ def copying_found(profile: str, found: list[Entry]) -> list[str]:
 FINDINGS: dict[str, Callable[[str, list[Entry]], list[str]]] = {
     "table1_layers": layers_found,
     "table2_selective_copy": copying_found,
+    "selective_copy_longer": copying_found,
 }
 
 

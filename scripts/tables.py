@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import renew_readme
 from experiments.config import PROFILES, run_id
 from experiments.records import read_records
 from scripts.plan import CELLS, METRICS, TABLES, Cell, Metric
@@ -84,7 +85,7 @@ def entries(table: str, profile: str, records: Records, paper: dict) -> list[Ent
     seeds = sorted({record["seed"] for record in records.values()})
     found = []
     for cell in CELLS:
-        if cell.table != table:
+        if cell.table != table or profile not in cell.profiles:
             continue
         entry = Entry(cell, paper=paper.get((table, cell.row, cell.column, cell.metric)))
         for seed in seeds:
@@ -150,7 +151,7 @@ def caption(table: str, profile: str, found: list[Entry]) -> str:
     labels = " and ".join(dict.fromkeys(entry.metric.label for entry in found))
     scale = ", ".join(
         f"{name} {_values(key, [record['config'] for record in records])}"
-        + ("" if profile == "paper" else f" (paper: {_values(key, [e.cell.config('paper') for e in found])})")
+        + ("" if profile == "paper" else f" (paper: {_values(key, [e.cell.paper_scale() for e in found])})")
         for key, name in TABLES[table].settings
     )
     seeds = sorted({record["seed"] for record in records})
@@ -292,8 +293,12 @@ def results_dir_argument(description: str) -> str:
 
 
 def main() -> None:
-    for path in write_all(results_dir_argument(__doc__.splitlines()[0])):
+    """README shows the tables of its own results folder, between their marks."""
+    results_dir = results_dir_argument(__doc__.splitlines()[0])
+    for path in write_all(results_dir):
         print(path)
+        if results_dir == "results":
+            renew_readme(f"table:{path.stem}", path.read_text())
 
 
 if __name__ == "__main__":
