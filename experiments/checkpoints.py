@@ -28,15 +28,29 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return path
 
 
-def load(folder: Path, device: str | torch.device) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, or None. One whose content is not what its name says is passed over."""
+def clean(folder: Path) -> None:
+    """Sets aside what is damaged, so that it takes no whole one's place; removes what a kill left half written."""
     for path in _found(folder):
-        if _checksum(path) == NAME.fullmatch(path.name)[2]:
+        if not _whole(path):
+            warnings.warn(
+                f"{path}: the checkpoint is damaged (its checksum differs); using the one before it", stacklevel=2
+            )
+            path.replace(path.with_suffix(".damaged"))
+    for path in folder.glob(".writing-*"):
+        path.unlink()
+
+
+def load(folder: Path, device: str | torch.device) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole, or None."""
+    for path in _found(folder):
+        if _whole(path):
             return torch.load(path, map_location=device, weights_only=True)
-        warnings.warn(
-            f"{path}: the checkpoint is damaged (its checksum differs); using the one before it", stacklevel=2
-        )
     return None
+
+
+def _whole(path: Path) -> bool:
+    """Whether its content is what its name says."""
+    return _checksum(path) == NAME.fullmatch(path.name)[2]
 
 
 def _found(folder: Path) -> list[Path]:

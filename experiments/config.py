@@ -12,6 +12,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from .seeds import RUNS, STEPS
+
 PROFILES = ("smoke", "cpu", "paper")
 SECTIONS = ("model", "data", "train", "eval")  # what makes a run what it is, with the experiment and the seed
 
@@ -26,6 +28,8 @@ class Model:
 
     def __post_init__(self):
         positive(self, "model", "dim", "layers")
+        if not isinstance(self, MODELS.get(self.name, ())):
+            raise ValueError(f"model.name: chosen by model=<a file of configs/model>, got {self.name!r} here")
 
     def mixer(self, length: int) -> dict[str, Any]:
         """What `minrnn.mixers.make` takes, for sequences of this length."""
@@ -92,6 +96,8 @@ class Train:
         positive(self, "train", "steps", "batch_size", "lr")
         one_of(self, "train", "schedule", ("constant", "cosine"))
         one_of(self, "train", "precision", ("fp32", "bf16", "fp16"))
+        if self.steps > STEPS:
+            raise ValueError(f"train.steps: expected at most {STEPS}, got {self.steps}")
 
 
 @dataclass
@@ -136,6 +142,8 @@ class Run:
 
     def __post_init__(self):
         one_of(self, "", "logger", ("wandb", "none"))
+        if not 0 <= self.seed < RUNS:
+            raise ValueError(f"seed: expected 0 to {RUNS - 1}, got {self.seed}")
         if self.micro_batches < 1 or self.train.batch_size % self.micro_batches:
             raise ValueError(
                 f"micro_batches: expected a divisor of train.batch_size={self.train.batch_size}, "

@@ -58,70 +58,73 @@ class Diverged(Exception):
 
 
 class Paused(Exception):
-    """The run stopped at a checkpoint; the same command goes on from there."""
+    """The run is at a checkpoint, and the same command goes on from there. Arguments: a text, and its outcome."""
 
 
 def execute(cfg: Run, build: Callable[[Run, torch.device], Task]) -> str:
     """Does the run unless it is done, and writes its record.
 
-    Returns "done" or "diverged" (there is a record), "paused" (out of budget, or told to stop) or "busy" (another
+    Returns "done" or "diverged" (there is a record), "paused" (out of budget), "stopped" (told to) or "busy" (another
     process has it). An exception is recorded as "failed", and raised.
     """
-    config = dataclasses.asdict(cfg)
-    name = run_id(config)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = run_id(dataclasses.asdict(cfg))
     path = records.record_path(cfg.results_dir, cfg.experiment, name)
-    record = records.read_record(path)
-    if records.is_final(record):
-        _say(rank, f"{cfg.experiment} {name}: {record['status']} already, see {path}")
-        return record["status"]
+    device = _device(cfg)
+    with records.claim(path.parent) if rank == 0 else contextlib.nullcontext() as mine, _processes(cfg, device, world):
+        found = records.read_record(path)
+        outcome = found["status"] if records.is_final(found) else None if mine else "busy"
+        outcome = _from_first(outcome, world)
+        if outcome == "busy":
+            _say(rank, f"{cfg.experiment} {name}: another process is at it (it holds {path.parent / '.lock'})")
+        elif outcome is not None:
+            _say(rank, f"{cfg.experiment} {name}: {outcome} already, see {path}")
+        return outcome or _run(cfg, name, path, device, rank, world, build)
+
+
+def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world: int, build) -> str:
+    record = {
+        "schema_version": records.SCHEMA_VERSION,
+        "run_id": name,
+        "experiment": cfg.experiment,
+        "profile": cfg.profile,
+        "config": dataclasses.asdict(cfg),
+        "seed": cfg.seed,
+        "git": machine.commit("minrnn", "experiments", "configs"),
+        "versions": machine.versions("numpy", "triton", "numba", "mujoco"),
+        "hardware": machine.hardware(device.type) | {"processes": world},
+        "started": time.time(),
+    }
     folder = records.work_dir(cfg.output_dir, cfg.experiment, name)
-    with records.claim(folder) if rank == 0 else contextlib.nullcontext(True) as mine, _processes(cfg, rank, world):
-        if not _agree(mine, world):
-            _say(rank, f"{cfg.experiment} {name}: another process is at it (it holds {folder / 'lock'})")
-            return "busy"
-        if records.is_final(records.read_record(path)):  # by the one that held the claim a moment ago
-            return records.read_record(path)["status"]
-        device = _device(cfg, rank)
-        record = {
-            "schema_version": records.SCHEMA_VERSION,
-            "run_id": name,
-            "experiment": cfg.experiment,
-            "profile": cfg.profile,
-            "config": config,
-            "seed": cfg.seed,
-            "git": machine.commit("minrnn", "experiments", "configs"),
-            "versions": machine.versions("numpy", "triton", "numba", "mujoco"),
-            "hardware": machine.hardware(device.type) | {"processes": world},
-            "started": time.time(),
-        }
-        try:
-            state = _train(cfg, name, folder, device, rank, world, build)
-            outcome = {"status": "done", "reason": None, "metrics": {"last": state.last, "best": state.best}}
-        except Paused as stop:
-            _say(rank, f"{cfg.experiment} {name}: {stop}; the same command goes on from there")
-            return "paused"
-        except Diverged as reason:
-            text, state = reason.args
-            outcome = {"status": "diverged", "reason": text, "metrics": {}}
-        except BaseException as error:
-            outcome = {"status": "failed", "reason": "".join(traceback.format_exception_only(error)).strip()}
-            if rank == 0:
-                records.write_json(path, record | outcome | {"metrics": {}, "ended": time.time()})
-            raise
-        record |= outcome | {
-            "curves": {key: records.thin(points) for key, points in state.curves.items()},
-            "steps": state.step,
-            "seconds": state.seconds,
-            "tokens_per_second": state.tokens / state.train_seconds if state.train_seconds else None,
-            "peak_memory": machine.peak_memory(device.type),
-            "parameters": state.parameters,
-            "ended": time.time(),
-        }
+    try:
+        state = _train(cfg, name, folder, device, rank, world, build)
+        outcome = {"status": "done", "reason": None, "metrics": {"last": state.last, "best": state.best}}
+    except Paused as stop:
+        text, outcome = stop.args
+        _say(rank, f"{cfg.experiment} {name}: {text}; the same command goes on from there")
+        return outcome
+    except Diverged as reason:
+        text, state = reason.args
+        outcome = {"status": "diverged", "reason": text, "metrics": {}}
+    except Exception as error:
+        reason = "".join(traceback.format_exception_only(error)).strip()
         if rank == 0:
-            records.write_json(path, record)
-        _say(rank, f"{cfg.experiment} {name}: {_summary(record)}, see {path}")
-        return record["status"]
+            failed = {"status": "failed", "reason": reason, "metrics": {}, "ended": time.time()}
+            records.write_json(path, record | failed)
+        raise
+    record |= outcome | {
+        "curves": {key: records.thin(points) for key, points in state.curves.items()},
+        "steps": state.step,
+        "seconds": state.seconds,
+        "tokens_per_second": state.tokens / state.train_seconds if state.train_seconds else None,
+        "peak_memory": machine.peak_memory(device.type),
+        "parameters": state.parameters,
+        "ended": time.time(),
+    }
+    if rank == 0:
+        records.write_json(path, record)
+    _say(rank, f"{cfg.experiment} {name}: {_summary(record)}, see {path}")
+    return record["status"]
 
 
 @dataclasses.dataclass
@@ -132,6 +135,8 @@ class _State:
     seconds: float = 0.0
     train_seconds: float = 0.0  # less evaluation and checkpoints
     tokens: int = 0
+    loss_sum: float = 0.0  # since the last point of the curve, which was at
+    loss_since: int = 0
     parameters: int = 0
     best: dict[str, float] = dataclasses.field(default_factory=dict)
     last: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -158,12 +163,16 @@ def _train(cfg: Run, name: str, folder: Path, device: torch.device, rank: int, w
         model = DistributedDataParallel(model)
 
     state, best_weights = _State(parameters=sum(p.numel() for p in raw.parameters())), None
+    if rank == 0:
+        checkpoints.clean(folder)
+    _from_first(None, world)  # the others look only now
     saved = checkpoints.load(folder, device)
     if saved is not None:
         raw.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         state, best_weights = _State(**saved["state"]), saved["best_weights"]
+    del saved
 
     def save() -> None:
         if rank == 0:
@@ -174,15 +183,18 @@ def _train(cfg: Run, name: str, folder: Path, device: torch.device, rank: int, w
 
     def evaluate(split: str) -> dict[str, float]:
         """On the first process, for all."""
-        values = [None]
+        values = {}
         if rank == 0:
             raw.eval()
             with torch.inference_mode(), _autocast(device, train.precision):
-                values = [{f"{split}_{key}": value for key, value in task.evaluate(raw, split).items()}]
+                values = {f"{split}_{key}": value for key, value in task.evaluate(raw, split).items()}
             raw.train()
-        if world > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
+        return _from_first(values, world)
+
+    def check(values: dict[str, float]) -> None:
+        for key, value in values.items():
+            if not math.isfinite(value):
+                raise Diverged(f"{key} was {value} at step {state.step}", state)
 
     log_every = max(1, min(50, steps // 200))
     batch = train.batch_size // (cfg.micro_batches * world)
@@ -190,7 +202,7 @@ def _train(cfg: Run, name: str, folder: Path, device: torch.device, rank: int, w
     progress = _Progress(cfg, folder, state.step, rank)
     deadline = math.inf if cfg.budget is None else time.monotonic() + cfg.budget
     began, clock = time.monotonic() - state.seconds, time.perf_counter()
-    saved_at, since, total = time.monotonic(), state.step, torch.zeros((), device=device)
+    saved_at, total = time.monotonic(), torch.full((), state.loss_sum, device=device)
     raw.train()
     with _told_to_stop() as stop, log, progress:
         while state.step < steps and not (train.patience and state.since_best >= train.patience):
@@ -216,43 +228,46 @@ def _train(cfg: Run, name: str, folder: Path, device: torch.device, rank: int, w
             state.tokens += task.tokens
 
             evaluating = state.step % cfg.eval.every == 0 or state.step == steps
-            if state.step % log_every and not evaluating:
+            logging = evaluating or state.step % log_every == 0
+            over = stop.is_set or time.monotonic() > deadline
+            if not logging and (world > 1 or not over):
                 continue
-            # The one place in the loop that waits for the device.
-            if world > 1:
-                dist.all_reduce(total, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
-                total /= 1 if device.type == "cuda" else world
-            mean = total.item() / (state.step - since)
-            total.zero_()
-            since = state.step
+            # From here on the host waits for the device.
             state.seconds = time.monotonic() - began
             state.train_seconds += time.perf_counter() - clock
-            if not math.isfinite(mean):
-                raise Diverged(f"the training loss was {mean} at step {state.step}", state)
-            values = {"train_loss": mean}
-            if evaluating:
-                values |= evaluate("val")
-                state.last = {"step": state.step} | {k: v for k, v in values.items() if k != "train_loss"}
-                value, best = (v.get(f"val_{task.select}") for v in (values, state.best))
-                state.since_best += 1
-                if best is None or (value > best if task.maximize else value < best):
-                    state.best, state.since_best = dict(state.last), 0
-                    best_weights = copy.deepcopy(raw.state_dict())
-            state.add(values)
-            log.log(state.step, values | {"lr": train.lr * factor, "tokens": state.tokens})
-            progress.show(state.step, values)
-            over = time.monotonic() > deadline or stop.is_set
-            if _agree(over, world, any) or time.monotonic() - saved_at > cfg.checkpoint_every:
+            if logging:
+                mean = _mean(total, world) / (state.step - state.loss_since)
+                total.zero_()
+                state.loss_since = state.step
+                values = {"train_loss": mean} | (evaluate("val") if evaluating else {})
+                check(values)
+                if evaluating:
+                    state.last = {"step": state.step} | {k: v for k, v in values.items() if k != "train_loss"}
+                    value, best = (v.get(f"val_{task.select}") for v in (values, state.best))
+                    state.since_best += 1
+                    if best is None or (value > best if task.maximize else value < best):
+                        state.best, state.since_best = dict(state.last), 0
+                        best_weights = copy.deepcopy(raw.state_dict())
+                state.add(values)
+                log.log(state.step, values | {"lr": train.lr * factor, "tokens": state.tokens})
+                progress.show(state.step, values)
+            over, due = _from_first((over, time.monotonic() - saved_at > cfg.checkpoint_every), world)
+            if over or due:
+                state.loss_sum = total.item()
                 save()
                 saved_at = time.monotonic()
-            if _agree(over, world, any) and state.step < steps:
-                raise Paused(f"{'told to stop' if stop.is_set else 'out of budget'} at step {state.step} of {steps}")
+            if over and state.step < steps:
+                text = "told to stop" if stop.is_set else "out of budget"
+                outcome = "stopped" if stop.is_set else "paused"
+                raise Paused(f"{text} at step {state.step} of {steps}", outcome)
             clock = time.perf_counter()
         save()
         state.last |= evaluate("test")
+        check(state.last)
         weights = copy.deepcopy(raw.state_dict())
         raw.load_state_dict(best_weights)
         state.best |= evaluate("test")
+        check(state.best)
         raw.load_state_dict(weights)
         state.seconds = time.monotonic() - began
         log.finish(state.last, state.best)
@@ -274,7 +289,10 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
-def _device(cfg: Run, rank: int) -> torch.device:
+def _device(cfg: Run) -> torch.device:
+    """This process's, set as the current one; and the number of threads."""
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
     name = cfg.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -284,13 +302,12 @@ def _device(cfg: Run, rank: int) -> torch.device:
             raise ValueError(f"device: expected one that is here, got {cfg.device!r} without a CUDA GPU")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
+        torch.cuda.reset_peak_memory_stats()
     return device
 
 
 @contextlib.contextmanager
-def _processes(cfg: Run, rank: int, world: int) -> Iterator[None]:
+def _processes(cfg: Run, device: torch.device, world: int) -> Iterator[None]:
     """The group of processes that torchrun started."""
     if world == 1:
         yield
@@ -300,20 +317,27 @@ def _processes(cfg: Run, rank: int, world: int) -> Iterator[None]:
             f"train.batch_size: expected a multiple of micro_batches={cfg.micro_batches} times {world} processes, "
             f"got {cfg.train.batch_size}"
         )
-    dist.init_process_group("nccl" if torch.cuda.is_available() and cfg.device != "cpu" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def _agree(value: bool, world: int, how: Callable = all) -> bool:
-    """The same answer in every process."""
+def _from_first(value: Any, world: int) -> Any:
+    """The first process's value, in all of them."""
     if world == 1:
         return value
-    values = [None] * world
-    dist.all_gather_object(values, value)
-    return how(values)
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _mean(total: Tensor, world: int) -> float:
+    """Over the processes."""
+    if world > 1:
+        dist.all_reduce(total)
+    return total.item() / world
 
 
 @contextlib.contextmanager

@@ -1,17 +1,21 @@
 """From a command line to a run: `python -m experiments.<experiment> key=value ...`, `-m` for a sweep. Needs no torch.
 
 Exit codes: 0 the run has its record, 1 it failed, 2 the command is wrong, 75 it stopped before its end (out of
-budget, told to stop, or another process is at it) and the same command goes on.
+budget, told to stop, or another process is at it) and the same command goes on; with launchers of other processes
+such a run counts as failed.
 """
 
 import difflib
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,27 +27,36 @@ SEARCH = f"hydra.searchpath=[file://{CONFIGS}]"
 GROUPS = ("model", "profile", "launcher")
 WRONG, UNFINISHED = 2, 75
 _outcomes: list[str] = []
+UNFINISHED_OUTCOMES = {"paused", "stopped", "busy"}
 
 
 def main(experiment: str) -> None:
     """The command line of an experiment; ends the process."""
     config.register()
-    arguments = [a for a in sys.argv[1:] if "=" in a.lstrip("-") and not a.startswith("-")]
+    # Hydra takes its flags before the settings only.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda a: a not in ("-m", "--multirun"))
+    arguments = get_args_parser().parse_args()
     try:
-        check(experiment, arguments)
+        check(experiment, arguments.overrides, arguments.multirun)
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {error}", *filter(None, [error.__cause__]), sep=": ", file=sys.stderr)
         sys.exit(WRONG)
-    # Hydra takes the flag for a sweep before the settings only.
-    sys.argv[1:] = sorted([*sys.argv[1:], SEARCH], key=lambda a: a not in ("-m", "--multirun"))
+    first = next((i for i, a in enumerate(sys.argv) if a in arguments.overrides), len(sys.argv))
+    sys.argv.insert(first, SEARCH)
+    os.environ["MINRNN_MAIN_PROCESS"] = str(os.getpid())  # launchers' processes inherit it
     hydra.main(version_base="1.3", config_path=str(CONFIGS / experiment), config_name="config")(_task)()
-    sys.exit(UNFINISHED if set(_outcomes) & {"paused", "busy"} else 0)
+    sys.exit(UNFINISHED if set(_outcomes) & UNFINISHED_OUTCOMES else 0)
 
 
 def _task(cfg: DictConfig) -> str:
     # Found by name, so that launchers can send it to another process.
-    _outcomes.append(importlib.import_module(f"experiments.{cfg.experiment}").run(OmegaConf.to_object(cfg)))
-    return _outcomes[-1]
+    outcome = importlib.import_module(f"experiments.{cfg.experiment}").run(OmegaConf.to_object(cfg))
+    _outcomes.append(outcome)
+    if outcome in UNFINISHED_OUTCOMES and os.environ.get("MINRNN_MAIN_PROCESS") != str(os.getpid()):
+        raise RuntimeError(f"the run is {outcome}, not done; give the same command again")  # all that a launcher heeds
+    if outcome == "stopped":
+        sys.exit(UNFINISHED)  # the rest of a sweep too
+    return outcome
 
 
 def compose(experiment: str, overrides: list[str]) -> dict[str, Any]:
@@ -62,18 +75,20 @@ def _compose(experiment: str, overrides: list[str]) -> DictConfig:
         return hydra.compose("config", [SEARCH, *overrides])
 
 
-def check(experiment: str, overrides: list[str]) -> None:
+def check(experiment: str, overrides: list[str], multirun: bool = False) -> None:
     """ValueError for a key that does not exist, with the nearest that does, and for a value out of range.
 
     Hydra refuses such a key too, without a hint.
     """
     parsed = OverridesParser.create().parse_overrides(overrides)
-    chosen, settings = [], []
-    for override in parsed:
-        if not override.key_or_group.startswith("hydra"):
-            (chosen if override.key_or_group in GROUPS else settings).append(override)
-    first = [o.input_line if not o.is_sweep_override() else f"{o.key_or_group}={_first(o)}" for o in chosen]
-    known = _keys(OmegaConf.to_container(_compose(experiment, first)))
+    chosen = {o.key_or_group: o for o in parsed if o.key_or_group in GROUPS}
+    settings = [o for o in parsed if o.key_or_group not in GROUPS and not o.key_or_group.startswith("hydra")]
+    for override in (*chosen.values(), *settings):
+        if override.is_delete():
+            raise ValueError(f"{override.input_line}: a setting cannot be taken away; set it to null")
+        if override.is_sweep_override() and not multirun:
+            raise ValueError(f"{override.input_line}: several values are a sweep, which needs -m")
+    known = _keys(OmegaConf.to_container(_compose(experiment, [_one(o) for o in chosen.values()])))
     for override in settings:
         key = override.key_or_group
         if key not in known:
@@ -83,8 +98,13 @@ def check(experiment: str, overrides: list[str]) -> None:
         resolve(experiment, overrides)
 
 
-def _first(override: Any) -> str:
-    return next(iter(override.sweep_string_iterator()))
+def _one(override: Override) -> str:
+    """A choice of a group; of a sweep its first."""
+    if not override.is_sweep_override():
+        return override.input_line
+    if override.is_choice_sweep():
+        return f"{override.key_or_group}={override.value().list[0]}"
+    raise ValueError(f"{override.input_line}: name the values, one after another with commas")
 
 
 def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:

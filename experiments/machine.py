@@ -41,7 +41,10 @@ def commit(*folders: str) -> dict[str, object]:
     def git(*arguments):
         return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
 
-    head = git("rev-parse", "HEAD") or None
+    try:
+        head = git("rev-parse", "HEAD") or None
+    except FileNotFoundError:  # no git here
+        return {"commit": None, "clean": False}
     return {"commit": head, "clean": head is not None and not git("status", "--porcelain", *folders)}
 
 

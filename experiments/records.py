@@ -18,7 +18,7 @@ def record_path(results_dir: str | Path, experiment: str, run_id: str) -> Path:
 
 
 def work_dir(output_dir: str | Path, experiment: str, run_id: str) -> Path:
-    """Where a run's checkpoints, logs, lock and progress are."""
+    """Where a run's checkpoints, log and progress are."""
     return Path(output_dir) / experiment / run_id
 
 
@@ -27,7 +27,7 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w") as file:
-        json.dump(value, file, indent=1)
+        json.dump(value, file, indent=1, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
@@ -66,10 +66,13 @@ def thin(points: list[list[float]], most: int = CURVE_POINTS) -> list[list[float
 
 
 @contextlib.contextmanager
-def claim(folder: Path) -> Iterator[bool]:
-    """Whether this process has the run to itself. The system frees a claim with the process that held it."""
+def claim(folder: Path, name: str = "lock") -> Iterator[bool]:
+    """Whether this process has the run of this folder of records to itself.
+
+    The system frees a claim with the process that held it, whatever ended that.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with (folder / f".{name}").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

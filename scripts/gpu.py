@@ -3,7 +3,8 @@
 In this order, until the budget ends: kernel tests, kernel benchmark, then the most wanted unfinished runs of profile
 paper. All that is worth keeping lies in DIR as a few small files: state.tar.gz (records, checkpoints of unfinished
 runs, the benchmark's results), logs, summary.md. A later call with that state.tar.gz in its DIR (or `--state FILE`)
-goes on from there: tests and benchmark that passed for the same commit are not done again.
+goes on from there, and one in the same checkout does even without it. Tests and benchmark that passed for the same
+commit are not done again; each takes a third of the budget at most.
 
     python -m scripts.gpu --bring-home DIR      copies the records and the benchmark from DIR into results/
 
@@ -11,8 +12,8 @@ goes on from there: tests and benchmark that passed for the same commit are not 
 """
 
 import argparse
+import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import tarfile
 import time
 from pathlib import Path
 
-from experiments.records import read_record, write_json
+from experiments import records
 from scripts.reproduce import duration, has_gpu, seconds
 
 RESERVE = 20.0  # seconds of the budget, to stop and to pack
@@ -33,14 +34,20 @@ class Session:
     def __init__(self, out: Path, budget: float, state: Path | None, dry_run: bool):
         self.out, self.dry_run = out, dry_run
         self.deadline = time.monotonic() + budget - min(RESERVE, budget / 4)
+        self.share = budget / 3  # of a part
         self.lines: list[str] = []
         self.process: subprocess.Popen | None = None
         self.told = False
         out.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(WORK, ignore_errors=True)
-        WORK.mkdir(parents=True)
+        WORK.mkdir(parents=True, exist_ok=True)
+        self.claim = records.claim(WORK, "session")
+        if not self.claim.__enter__():
+            sys.exit(f"error: another process works in {WORK}")
         state = state or out / "state.tar.gz"
-        if state.exists():
+        if state.exists():  # else what a call that was killed left there is gone on with
+            for path in WORK.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
             with tarfile.open(state) as archive:
                 archive.extractall(WORK, filter="data")
             self.say(f"goes on from {state}")
@@ -63,15 +70,13 @@ class Session:
     def left(self) -> float:
         return 0.0 if self.told else self.deadline - time.monotonic()
 
-    def call(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> int | None:
-        """The exit code, or None where the time was over first. Its output goes to DIR/<name>.log and is shown."""
+    def call(self, name: str, command: list[str], most: float) -> int | None:
+        """The exit code, or None where the time was over first. The output goes to DIR/<name>.log, its end is shown."""
         log = self.out / f"{name}.log"
         with log.open("ab") as file:
-            self.process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | (environment or {})
-            )
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
             try:
-                code = self.process.wait(timeout=max(1.0, self.left))
+                code = self.process.wait(timeout=max(1.0, min(most, self.left)))
             except subprocess.TimeoutExpired:
                 self.process.terminate()
                 try:
@@ -85,21 +90,23 @@ class Session:
         print("\n".join(f"    {line}" for line in tail), flush=True)
         return code
 
-    def part(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> None:
+    def part(self, name: str, command: list[str]) -> None:
         """Once for a commit; a failure is said and does not keep the rest from being done."""
+        if self.left <= 0:
+            return
         if self.done.get(name) == self.commit:
             self.say(f"{PARTS[name]}: passed before, for this commit")
             return
-        began, code = time.monotonic(), self.call(name, command, environment)
+        began, code = time.monotonic(), self.call(name, command, self.share)
         took = duration(time.monotonic() - began)
         if code == 0:
             self.done[name] = self.commit
-            write_json(WORK / "done.json", self.done)
+            records.write_json(WORK / "done.json", self.done)
             self.say(f"{PARTS[name]}: passed in {took}")
         else:
-            self.say(
-                f"{PARTS[name]}: {'not finished' if code is None else f'FAILED ({code})'} after {took}, {name}.log"
-            )
+            what = "not finished" if code is None else f"FAILED ({code})"
+            self.say(f"{PARTS[name]}: {what} after {took}, see {name}.log")
+        self.pack()
 
     def go(self, seeds: int, overrides: list[str]) -> int:
         python, device = sys.executable, "cpu" if self.dry_run else "cuda"
@@ -114,28 +121,30 @@ class Session:
             planner += ["--seeds", str(seeds), "--budget", f"{self.left:.0f}s", "--logger", "none"]
             planner += ["--results-dir", str(WORK / "results"), "--output-dir", str(WORK / "runs"), *overrides]
             self.deadline += RESERVE / 2  # it stops by itself, and then says what it has
-            self.call("runs", planner)
-        records = sorted((WORK / "results" / "runs").glob("*/*/record.json"))
-        for path in records:
-            record = read_record(path)
-            self.say(
-                f"run {record['run_id']} {record['config']['model']['name']} seed {record['seed']}: {record['status']}"
-            )
-        self.pack({path.parent.name for path in records})
+            self.call("runs", planner, self.left)
+        for record in self.records():
+            model = record["config"]["model"]["name"]
+            self.say(f"run {record['run_id']}, {model}, seed {record['seed']}: {record['status']}")
+        self.pack()
+        size = (self.out / "state.tar.gz").stat().st_size / 2**20
+        print(f"{self.out / 'state.tar.gz'}: {size:.1f} MiB; the same command with it there goes on from here")
         return 0
 
-    def pack(self, finished: set[str]) -> None:
+    def records(self) -> list[dict]:
+        return [records.read_record(path) for path in sorted((WORK / "results" / "runs").glob("*/*/record.json"))]
+
+    def pack(self) -> None:
         """state.tar.gz, whole or not at all, and summary.md."""
+        finished = {record["run_id"] for record in self.records() if records.is_final(record)}
         temporary = self.out / ".state.tar.gz"
         with tarfile.open(temporary, "w:gz", compresslevel=1) as archive:
             for path in sorted(path for path in WORK.rglob("*") if path.is_file()):
                 place = path.relative_to(WORK)
                 kept = place.parts[0] == "results" or place.name == "done.json" or place.suffix == ".pt"
-                if kept and not (place.suffix == ".pt" and path.parent.name in finished):
-                    archive.add(path, place)
+                if kept and not (place.suffix == ".pt" and path.parent.name in finished) and path.name[0] != ".":
+                    with contextlib.suppress(FileNotFoundError):  # a run that still ends drops its older checkpoint
+                        archive.add(path, place)
         temporary.replace(self.out / "state.tar.gz")
-        size = (self.out / "state.tar.gz").stat().st_size / 2**20
-        self.say(f"{self.out / 'state.tar.gz'}: {size:.1f} MiB; the same command with it there goes on from here")
         (self.out / "summary.md").write_text("\n".join(f"- {line}" for line in self.lines) + "\n")
 
 
@@ -147,7 +156,7 @@ def bring_home(out: Path) -> None:
             place = Path(member.name)
             wanted = place.name == "record.json" or place.parts[:2] == ("results", "bench")
             target = results / place.relative_to("results") if wanted else None
-            if target is None or (place.name == "record.json" and target.exists()):
+            if target is None or (place.name == "record.json" and records.is_final(records.read_record(target))):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(archive.extractfile(member).read())

@@ -187,14 +187,16 @@ def made_with(records: list[dict]) -> str:
 def page(results_dir: str | Path, profiles: tuple[str, ...], records: Records, paper: Path) -> str | None:
     """None where there is no record of these profiles."""
     chosen = {name: record for name, record in records.items() if record["profile"] in profiles}
-    if not chosen:
+    sections = list(measured_tables(chosen, paper))
+    shown = {r["run_id"]: r for _, _, found in sections for entry in found for r in (*entry.done, *entry.others)}
+    if not shown:
         return None
     parts = [
         "# Results",
         "Made by `make report` from the records in `runs/`; numbers and words follow from them by rule.",
-        made_with(list(chosen.values())),
+        made_with(list(shown.values())),
     ]
-    parts += [section(Path(results_dir), *table) for table in measured_tables(chosen, paper)]
+    parts += [section(Path(results_dir), *table) for table in sections]
     return "\n\n".join(parts) + "\n"
 
 

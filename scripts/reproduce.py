@@ -127,9 +127,10 @@ class Planner:
             return True
         with contextlib.ExitStack() as stack:
             # Between planners this claim decides, at once; the run's own, against all others, is its process's.
-            if not stack.enter_context(records.claim(self.folder(run) / "planner")):
+            place = records.record_path(self.results_dir, run.experiment, run.run_id).parent
+            if not stack.enter_context(records.claim(place, "planner")):
                 return False
-            with records.claim(self.folder(run)) as free:
+            with records.claim(place) as free:
                 if not free:
                     return False
             self.read(run)
@@ -137,6 +138,7 @@ class Planner:
                 bar.ended(run, "by another process")
                 return True
             log = self.folder(run) / "log.txt"
+            log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
                 # In a session of its own: what stops it is this process, by SIGTERM, once.
                 process = subprocess.Popen(
@@ -385,7 +387,8 @@ def main() -> int:
         *([] if has_gpu() else [f"threads={max(1, cores() // workers)}"]),
         *arguments.overrides,
     ]
-    check(plan[0], settings)
+    for run in plan if arguments.overrides else plan[:1]:
+        check(run, settings)
 
     def command(run: Run, seconds: float | None) -> list[str]:
         budget = [] if seconds is None else [f"budget={max(1.0, seconds):.0f}"]

@@ -64,7 +64,14 @@ class Entry:
 
 def load(results_dir: str | Path) -> Records:
     experiments = dict.fromkeys(cell.experiment for cell in CELLS)
-    return {record["run_id"]: record for name in experiments for record in read_records(results_dir, name)}
+    found = [record for name in experiments for record in read_records(results_dir, name)]
+    for record in found:
+        if run_id(record["config"]) != record["run_id"]:
+            raise ValueError(
+                f"record {record['run_id']}: its settings are those of run {run_id(record['config'])} by now "
+                "(a default has changed); remove it to have it done again"
+            )
+    return {record["run_id"]: record for record in found}
 
 
 def read_paper(path: Path = PAPER) -> dict[tuple[str, str, str, str], Published]:

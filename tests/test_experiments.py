@@ -95,8 +95,24 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path, whole):
     older, newest = sorted(work_dir(tmp_path, whole).glob("*.pt"))
     newest.write_bytes(newest.read_bytes()[:-100])
     with pytest.warns(UserWarning, match=f"{newest}: the checkpoint is damaged .* using the one before it"):
-        assert selective_copy.run(resolve(tmp_path, *LONG)) == "done"
+        assert selective_copy.run(cfg) == "paused"
+    # It is set aside: two whole ones are kept.
+    assert [int(path.name[:9]) for path in sorted(work_dir(tmp_path, whole).glob("*.pt"))] == [1, 2]
+    assert selective_copy.run(resolve(tmp_path, *LONG)) == "done"
     assert numbers(record_of(tmp_path, cfg)) == numbers(whole)
+
+
+def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
+    for step in (200, 300):
+        path = checkpoints.save(tmp_path, step, {"step": step})
+        path.write_bytes(path.read_bytes()[:-1])
+    (tmp_path / ".writing-123").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="is damaged"):
+        checkpoints.clean(tmp_path)
+    assert checkpoints.load(tmp_path, "cpu") is None
+    checkpoints.save(tmp_path, 50, {"step": 50})
+    assert checkpoints.load(tmp_path, "cpu") == {"step": 50}
+    assert not list(tmp_path.glob(".writing-*"))
 
 
 def test_a_checkpoint_executes_nothing(tmp_path):
@@ -129,6 +145,17 @@ def test_a_run_that_is_told_to_stop_goes_on_later(tmp_path, whole):
     assert numbers(record_of(tmp_path, resolve(tmp_path, *LONG))) == numbers(whole)
 
 
+def test_a_sweep_that_is_told_to_stop_stops(tmp_path, whole):
+    sweep = command(tmp_path, *LONG, "seed=0,1,2", "-m")
+    process = subprocess.Popen(sweep, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not list(work_dir(tmp_path, whole).glob("*.pt")):
+        time.sleep(0.01)
+    process.terminate()
+    text, _ = process.communicate()
+    assert process.returncode == launch.UNFINISHED and text.count("told to stop") == 1
+    assert list((tmp_path / "outputs" / "selective_copy").iterdir()) == [work_dir(tmp_path, whole)]
+
+
 def test_two_workers_do_every_run_once(tmp_path):
     overrides = ("-m", "seed=0,1,2", "model=mingru,minlstm", "train.steps=60")
     workers = [
@@ -146,7 +173,9 @@ def test_two_workers_do_every_run_once(tmp_path):
 
 def test_a_run_that_another_process_has_is_left_to_it(tmp_path):
     cfg = resolve(tmp_path)
-    with records.claim(records.work_dir(cfg.output_dir, "selective_copy", config.run_id(asdict(cfg)))) as mine:
+    with records.claim(
+        records.record_path(cfg.results_dir, "selective_copy", config.run_id(asdict(cfg))).parent
+    ) as mine:
         assert mine
         assert "another process is at it" in call(tmp_path, code=launch.UNFINISHED)
     assert run(tmp_path)[0] == "done"
@@ -155,9 +184,31 @@ def test_a_run_that_another_process_has_is_left_to_it(tmp_path):
 def test_a_run_that_reaches_nan_is_recorded_as_diverged(tmp_path):
     outcome, record = run(tmp_path, "train.lr=1e30", "train.clip=null")
     assert outcome == record["status"] == "diverged"
-    assert record["reason"].startswith("the training loss was ")
+    assert record["reason"].startswith(("train_loss was nan at step", "train_loss was inf at step"))
     assert record["metrics"] == {} and 0 < record["steps"] < 20
     assert run(tmp_path, "train.lr=1e30", "train.clip=null")[0] == "diverged"  # final: not tried again
+
+
+def test_an_evaluation_that_is_not_finite_is_a_divergence(tmp_path, monkeypatch):
+    monkeypatch.setattr(selective_copy, "evaluate", lambda *a: {"accuracy": 0.0, "loss": math.nan})
+    outcome, record = run(tmp_path)
+    assert outcome == "diverged" and record["reason"] == "val_loss was nan at step 10"
+
+
+def test_an_interrupted_run_is_no_failure(tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(selective_copy, "evaluate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert record_of(tmp_path, resolve(tmp_path)) is None
+
+
+def test_without_git_a_run_is_done_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    _, record = run(tmp_path)
+    assert record["git"] == {"commit": None, "clean": False}
 
 
 def test_a_run_that_fails_is_recorded_with_its_reason(tmp_path, monkeypatch):
@@ -280,11 +331,31 @@ def test_equal_settings_have_one_id():
         (["micro_batches=3"], "micro_batches: expected a divisor of train.batch_size=64, got 3"),
         (["model=mamba_s6", "model.inner=s5"], "model.inner: expected one of .*'s6'.*, got 's5'"),
         (["model=mamba_s6", "model.expansion=2"], "model.expansion: no such setting"),
+        (["model.name=gru2"], "model.name: chosen by model="),
+        (["model.name=gru"], "model.name: chosen by model="),
+        (["seed=-1"], "seed: expected 0 to 2047, got -1"),
+        (["train.steps=600000"], "train.steps: expected at most 524288, got 600000"),
+        (["seed=1,2"], "seed=1,2: several values are a sweep, which needs -m"),
+        (["~train.clip"], "~train.clip: a setting cannot be taken away"),
     ),
 )
 def test_wrong_settings_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         launch.check("selective_copy", overrides)
+
+
+def test_hydras_own_options_stand_anywhere(tmp_path):
+    for order in (["seed=1", "--cfg", "job"], ["--cfg", "job", "seed=1"], ["--cfg", "job"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.selective_copy", *order], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and "experiment: selective_copy" in done.stdout, done.stderr
+    text = call(tmp_path, "seed", code=launch.WRONG)
+    assert "seed" in text and "Traceback" not in text
+
+
+def test_a_launchers_process_says_that_a_run_is_not_done(tmp_path):
+    call(tmp_path, "-m", "launcher=joblib", "seed=0,1", "budget=0", "train.steps=400", code=1, timeout=300)
 
 
 def test_a_wrong_command_ends_with_one_line(tmp_path):

@@ -292,7 +292,7 @@ name, results, outputs, ran, seconds, run_id, behaviour = sys.argv[1:]
 path = records.record_path(results, "selective_copy", run_id)
 if records.is_final(records.read_record(path)):
     sys.exit(0)
-with records.claim(records.work_dir(outputs, "selective_copy", run_id)) as mine:
+with records.claim(records.record_path(results, "selective_copy", run_id).parent) as mine:
     if not mine:
         sys.exit(75)
     with open(ran, "a") as file:
@@ -424,7 +424,7 @@ def test_a_run_that_another_process_has_is_come_back_to(world, monkeypatch):
     """First it is claimed; then its process dies without a record, and the run is free again."""
     monkeypatch.setattr(reproduce, "LOOK", 0.1)
     first = world.runs[0]
-    holder = records.claim(records.work_dir(world.folder / "outputs", first.experiment, first.run_id))
+    holder = records.claim(records.record_path(world.folder / "results", first.experiment, first.run_id).parent)
     assert holder.__enter__()
     world.planner(renew=lambda: len(world.ran) == 7 and holder.__exit__(None, None, None)).go()
     assert world.ran == [run.run_id for run in [*world.runs[1:], first]]
