@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
 from scripts.plan import TABLES
 from scripts.tables import Entry, file_name, load, measured_tables, results_dir_argument
@@ -53,7 +53,7 @@ def curves(found: list[Entry], panels: Iterable[tuple[str, tuple[str, ...]]], cu
         _head(ax, title)
         ax.margins(x=0.02)
         ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.xaxis.set_major_formatter(EngFormatter(sep="") if ax.get_xlim()[1] > 2e4 else StrMethodFormatter("{x:,.0f}"))
         ax.tick_params(labelbottom=True)
     for ax in list(axes)[len(panels) :]:
         ax.remove()

@@ -70,7 +70,7 @@ def test_every_cell_composes_and_every_run_is_done_once(profile):
     assert all(run.config["profile"] == profile and run.config["seed"] == run.seed for run in runs)
     # Every cell is filled, by one group of runs; those of both tables' three layers share theirs.
     filled = [cell for run in runs if run.seed == 0 for cell in run.cells]
-    assert sorted(filled, key=plan.CELLS.index) == list(plan.CELLS)
+    assert sorted(filled, key=plan.CELLS.index) == [cell for cell in plan.CELLS if profile in cell.profiles]
     for row in ("minGRU", "minLSTM"):
         shared = next(run for run in runs if run.label == f"{row}, layers 3")
         assert {cell.table for cell in shared.cells} == {"table1_layers", "table2_selective_copy"}
