@@ -91,7 +91,7 @@ def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world
         "config": dataclasses.asdict(cfg),
         "seed": cfg.seed,
         "git": machine.commit("minrnn", "experiments", "configs"),
-        "versions": machine.versions("numpy", "triton", "numba", "mujoco"),
+        "versions": machine.versions("numpy", "triton", "numba", "mamba-ssm", "mujoco"),
         "hardware": machine.hardware(device.type) | {"processes": world},
         "started": time.time(),
     }

@@ -71,7 +71,27 @@ class Ungated(Mixer):
         return self.out_proj(F.gelu(y)), None if state is None else (inner_state,)
 
 
-class H3(Mixer):
+class _Gated(Mixer):
+    """What H3 and Mamba share: a short convolution, an inner layer, and the state of both."""
+
+    conv: CausalConv
+    inner: Mixer
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
+        return self._mix(x, state, self.conv, self.inner)
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        return self._mix(x_t, state, self.conv.step, self.inner.step)
+
+    def initial_state(self, batch_size: int) -> State:
+        return self.conv.initial_state(batch_size), self.inner.initial_state(batch_size)
+
+    def _mix(self, x: Tensor, state: State | None, conv: Callable, inner: Callable) -> tuple[Tensor, State | None]:
+        """A sequence or a token, as conv and inner are those for a sequence or for a token."""
+        raise NotImplementedError
+
+
+class H3(_Gated):
     """q * inner(conv(k) * v), between two Linears (arXiv 2212.14052, section 3.2).
 
     With S4 inside this is H3; the convolution stands for its shift SSM, as in Mamba's figure 3. With
@@ -90,15 +110,6 @@ class H3(Mixer):
         self.inner = inner(dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
-        return self._mix(x, state, self.conv, self.inner)
-
-    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        return self._mix(x_t, state, self.conv.step, self.inner.step)
-
-    def initial_state(self, batch_size: int) -> State:
-        return self.conv.initial_state(batch_size), self.inner.initial_state(batch_size)
-
     def _mix(self, x, state, conv, inner):
         conv_state, inner_state = (None, None) if state is None else state
         qkv = self.in_proj(x)
@@ -111,7 +122,7 @@ class H3(Mixer):
         return self.out_proj(q * y), None if state is None else (conv_state, inner_state)
 
 
-class Mamba(Mixer):
+class Mamba(_Gated):
     """inner(SiLU(conv(x'))) * SiLU(z) with (x', z) = Linear(x), then a Linear (arXiv 2312.00752, section 3.4).
 
     The two Linears have no bias. With S6 inside this is Mamba's block, whose dt_rank is ceil(dim / 16) of the width
@@ -126,15 +137,6 @@ class Mamba(Mixer):
         self.conv = CausalConv(expand * dim, conv_size)
         self.inner = inner(expand * dim)
         self.out_proj = nn.Linear(expand * dim, dim, bias=False)
-
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
-        return self._mix(x, state, self.conv, self.inner)
-
-    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        return self._mix(x_t, state, self.conv.step, self.inner.step)
-
-    def initial_state(self, batch_size: int) -> State:
-        return self.conv.initial_state(batch_size), self.inner.initial_state(batch_size)
 
     def _mix(self, x, state, conv, inner):
         conv_state, inner_state = (None, None) if state is None else state
