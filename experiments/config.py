@@ -31,6 +31,10 @@ class Model:
         if not isinstance(self, MODELS.get(self.name, ())):
             raise ValueError(f"model.name: chosen by model=<a file of configs/model>, got {self.name!r} here")
 
+    @property
+    def label(self) -> str:
+        return self.name
+
     def mixer(self, length: int) -> dict[str, Any]:
         """What `minrnn.mixers.make` takes, for sequences of this length."""
         return {key: value for key, value in asdict(self).items() if key not in ("dim", "layers")}
@@ -70,6 +74,10 @@ class SSM(Model):
         super().__post_init__()
         one_of(self, "model", "inner", ("s4", "s4d", "s6", "hyena"))
         one_of(self, "model", "wrapping", ("none", "h3", "mamba"))
+
+    @property
+    def label(self) -> str:
+        return self.inner if self.wrapping == "none" else f"{self.wrapping}_{self.inner}"
 
     def mixer(self, length: int) -> dict[str, Any]:
         return super().mixer(length) | ({"max_len": length} if self.inner == "hyena" else {})

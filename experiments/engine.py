@@ -370,7 +370,7 @@ class _Progress:
     def __init__(self, cfg: Run, folder: Path, step: int, rank: int):
         self.steps, self.path, self.rank = cfg.train.steps, folder / "progress.json", rank
         self.bar = tqdm(
-            total=cfg.train.steps, initial=step, desc=f"{cfg.model.name} seed {cfg.seed}", unit="step",
+            total=cfg.train.steps, initial=step, desc=f"{cfg.model.label} seed {cfg.seed}", unit="step",
             disable=not cfg.progress or rank > 0, dynamic_ncols=True,
         )  # fmt: skip
         self.first, self.began, self.shown, self.written = step, time.monotonic(), {}, 0.0

@@ -123,7 +123,8 @@ class Session:
             self.deadline += RESERVE / 2  # it stops by itself, and then says what it has
             self.call("runs", planner, self.left)
         for record in self.records():
-            model = record["config"]["model"]["name"]
+            settings = record["config"]["model"]
+            model = f"{settings['wrapping']} {settings['inner']}" if "inner" in settings else settings["name"]
             self.say(f"run {record['run_id']}, {model}, seed {record['seed']}: {record['status']}")
         self.pack()
         size = (self.out / "state.tar.gz").stat().st_size / 2**20
