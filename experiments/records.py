@@ -13,6 +13,10 @@ STATUSES = ("done", "failed", "diverged")
 CURVE_POINTS = 500
 
 
+class RecordError(ValueError):
+    """A record that is not what it should be; the text names it and says what to do."""
+
+
 def record_path(results_dir: str | Path, experiment: str, run_id: str) -> Path:
     return Path(results_dir) / "runs" / experiment / run_id / "record.json"
 
@@ -35,15 +39,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """None where there is none. A record of another schema, or one that cannot be read, is a ValueError."""
+    """None where there is none. A record of another schema, or one that cannot be read, is a RecordError."""
     try:
         record = json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not a record ({error}); remove it to have the run done again") from error
+        raise RecordError(f"{path}: not a record ({error}); remove it to have the run done again") from error
     if record.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {record.get('schema_version')}")
+        raise RecordError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {record.get('schema_version')}")
     return record
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
 from scripts.plan import TABLES
-from scripts.tables import Entry, file_name, load, measured_tables, results_dir_argument
+from scripts.tables import Entry, command, file_name, load, measured_tables, results_dir_argument
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; dashes and markers tell them apart without any.
 STYLES = (
@@ -181,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -13,6 +13,7 @@ from scripts.tables import (
     Entry,
     Records,
     caption,
+    command,
     file_name,
     grid,
     load,
@@ -217,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

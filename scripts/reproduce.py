@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import records
+from experiments import launch, records
 from experiments.config import PROFILES, run_id
 from experiments.launch import UNFINISHED, compose
 from scripts import figures, report, tables
@@ -450,6 +450,7 @@ def seconds(text: str) -> float:
 def check(run: Run, settings: list[str]) -> None:
     """That these overrides exist and leave the runs what they are."""
     try:
+        launch.check(run.experiment, [*run.overrides, *settings])
         config = compose(run.experiment, [*run.overrides, f"seed={run.seed}", *settings])
     except Exception as error:  # Hydra's and OmegaConf's have no common type but this
         sys.exit(f"error: {error}")
@@ -512,4 +513,4 @@ def conclude(planner: Planner, profile: str, arguments: argparse.Namespace) -> i
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tables.command(main)

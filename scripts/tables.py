@@ -11,15 +11,16 @@ import io
 import os
 import re
 import statistics
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import renew_readme
 from experiments.config import PROFILES, run_id
-from experiments.records import read_records
+from experiments.records import RecordError, read_records
 from scripts.plan import CELLS, METRICS, TABLES, Cell, Metric
 
 PAPER = Path(__file__).parent.parent / "results" / "paper.csv"
@@ -67,7 +68,7 @@ def load(results_dir: str | Path) -> Records:
     found = [record for name in experiments for record in read_records(results_dir, name)]
     for record in found:
         if run_id(record["config"]) != record["run_id"]:
-            raise ValueError(
+            raise RecordError(
                 f"record {record['run_id']}: its settings are those of run {run_id(record['config'])} by now "
                 "(a default has changed); remove it to have it done again"
             )
@@ -299,6 +300,14 @@ def results_dir_argument(description: str) -> str:
     return parser.parse_args().results_dir
 
 
+def command(main: Callable[[], int | None]) -> None:
+    """Ends the process; what is wrong with a record is said in one line."""
+    try:
+        sys.exit(main())
+    except RecordError as error:
+        sys.exit(f"error: {error}")
+
+
 def main() -> None:
     """README shows the tables of its own results folder, between their marks."""
     results_dir = results_dir_argument(__doc__.splitlines()[0])
@@ -309,4 +318,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
