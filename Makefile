@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INTO = $(if $(RESULTS),--results-dir $(RESULTS))
 
 .DEFAULT_GOAL := help
 
@@ -24,23 +25,23 @@ test: $(VENV)/installed  ## run the tests, on the GPU too where there is one
 	$(BIN)/python -m pytest -n auto
 
 .PHONY: reproduce-all
-reproduce-all: $(VENV)/installed  ## every run, table, figure and the report; PROFILE=smoke|cpu|paper SEEDS=3 BUDGET=20m WORKERS=2
+reproduce-all: $(VENV)/installed  ## every run, table, figure and the report; PROFILE=smoke|cpu|paper SEEDS=3 BUDGET=20m RESULTS=dir
 	$(BIN)/python -m scripts.reproduce $(if $(PROFILE),--profile $(PROFILE)) $(if $(SEEDS),--seeds $(SEEDS)) \
-		$(if $(BUDGET),--budget $(BUDGET)) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
+		$(if $(BUDGET),--budget $(BUDGET)) $(if $(WORKERS),--workers $(WORKERS)) $(INTO) $(ARGS)
 
 .PHONY: tables figures report
 tables: $(VENV)/installed  ## results/tables from the records, in seconds
-	$(BIN)/python -m scripts.tables
+	$(BIN)/python -m scripts.tables $(INTO)
 	$(BIN)/python -m benchmarks.tables
 
 figures: $(VENV)/installed  ## results/figures from the records, in seconds
-	$(BIN)/python -m scripts.figures
+	$(BIN)/python -m scripts.figures $(INTO)
 
 report: $(VENV)/installed  ## results/REPORT.md from the records, in seconds
-	$(BIN)/python -m scripts.report
+	$(BIN)/python -m scripts.report $(INTO)
 
 .PHONY: bench
-bench: $(VENV)/installed  ## kernels, layers and a training step against peers on this machine; renews results/tables and README
+bench: $(VENV)/installed  ## kernels, layers and a training step against peers here; renews results/tables and README
 	$(BIN)/python -m benchmarks.run
 
 .PHONY: gpu

@@ -377,6 +377,8 @@ def main() -> int:
     arguments = parse()
     profile = arguments.profile or ("paper" if has_gpu() else "cpu")
     arguments.results_dir = arguments.results_dir or ("outputs/smoke" if profile == "smoke" else "results")
+    if arguments.output_dir is None:  # a checkpoint of one folder's run is not another's
+        arguments.output_dir = "outputs" if arguments.results_dir == "results" else f"{arguments.results_dir}/outputs"
     workers = arguments.workers or (1 if has_gpu() else cores())
     plan = runs(profile, arguments.seeds)
     settings = [
@@ -424,7 +426,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--results-dir", help="records, tables, figures, report (results; outputs/smoke for profile smoke)"
     )
-    parser.add_argument("--output-dir", default="outputs", help="checkpoints and logs (outputs)")
+    parser.add_argument(
+        "--output-dir", help="checkpoints and logs (outputs; of other results than results: their own outputs)"
+    )
     parser.add_argument("--logger", choices=("wandb", "none"), default="wandb", help="of each run (wandb, offline)")
     parser.add_argument("--list", action="store_true", help="say what is done and what is left, and end")
     parser.add_argument(
