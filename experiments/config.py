@@ -6,7 +6,7 @@ does not enter its id.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -25,9 +25,18 @@ class Model:
     name: str = "mingru"
     dim: int = 64
     layers: int = 3
+    conv: int = 0  # size of a causal convolution before each mixer
+    mlp: float = 0  # hidden width over dim of an MLP after each mixer
+    dropout: float = 0
+    norm: str = "rms"  # or layer
+    init: str = "torch"  # or gpt2
+    tied: bool = False  # head and embedding
+    positions: bool = False  # learned, for as many as the experiment's sequences have
 
     def __post_init__(self):
         positive(self, "model", "dim", "layers")
+        one_of(self, "model", "norm", ("rms", "layer"))
+        one_of(self, "model", "init", ("torch", "gpt2"))
         if not isinstance(self, MODELS.get(self.name, ())):
             raise ValueError(f"model.name: chosen by model=<a file of configs/model>, got {self.name!r} here")
 
@@ -37,7 +46,15 @@ class Model:
 
     def mixer(self, length: int) -> dict[str, Any]:
         """What `minrnn.mixers.make` takes, for sequences of this length."""
-        return {key: value for key, value in asdict(self).items() if key not in ("dim", "layers")}
+        return {key: value for key, value in asdict(self).items() if key == "name" or key not in MODEL_KEYS}
+
+    def backbone(self, length: int) -> dict[str, Any]:
+        """What `minrnn.models.TokenModel` takes beside the vocabularies and the mixer."""
+        settings = {key: getattr(self, key) for key in MODEL_KEYS if key != "name"}
+        return settings | {"positions": length if self.positions else None}
+
+
+MODEL_KEYS = tuple(f.name for f in fields(Model))
 
 
 @dataclass
@@ -58,6 +75,15 @@ class RNN(Model):
 
     name: str = "gru"
     expansion: float = 1
+
+
+@dataclass
+class Attention(Model):
+    name: str = "attention"
+    heads: int = 4
+
+    def mixer(self, length: int) -> dict[str, Any]:
+        return super().mixer(length) | {"dropout": self.dropout}  # on the weights too, as in nanoGPT
 
 
 @dataclass
@@ -83,7 +109,7 @@ class SSM(Model):
         return super().mixer(length) | ({"max_len": length} if self.inner == "hyena" else {})
 
 
-MODELS = {"mingru": MinGRU, "minlstm": MinLSTM, "gru": RNN, "lstm": RNN, "ssm": SSM}
+MODELS = {"mingru": MinGRU, "minlstm": MinLSTM, "gru": RNN, "lstm": RNN, "attention": Attention, "ssm": SSM}
 
 
 @dataclass
@@ -96,12 +122,14 @@ class Train:
     min_lr: float = 0
     weight_decay: float = 0.05
     beta2: float = 0.999
+    decay: str = "all"  # or matrices: nothing of one dimension decays
     clip: float | None = 1.0  # norm of the whole gradient
     precision: str = "fp32"  # or bf16, fp16 (with loss scaling), by autocast
     patience: int | None = None  # stop after so many evaluations without a new best
 
     def __post_init__(self):
         positive(self, "train", "steps", "batch_size", "lr")
+        one_of(self, "train", "decay", ("all", "matrices"))
         one_of(self, "train", "schedule", ("constant", "cosine"))
         one_of(self, "train", "precision", ("fp32", "bf16", "fp16"))
         if self.steps > STEPS:

@@ -154,7 +154,9 @@ def _train(cfg: Run, name: str, folder: Path, device: torch.device, rank: int, w
     task = build(cfg, device)
     raw, train, steps = task.model, cfg.train, cfg.train.steps
     optimizer = torch.optim.AdamW(
-        parameter_groups(raw, train.lr, train.weight_decay), betas=(0.9, train.beta2), fused=True
+        parameter_groups(raw, train.lr, train.weight_decay, only_matrices=train.decay == "matrices"),
+        betas=(0.9, train.beta2),
+        fused=True,
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")

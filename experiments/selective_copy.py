@@ -57,7 +57,7 @@ def evaluate(cfg: SelectiveCopy, device: torch.device, model: nn.Module, split: 
 
 def task(cfg: SelectiveCopy, device: torch.device) -> engine.Task:
     length, vocab = cfg.data.length + cfg.data.tokens, cfg.data.vocab
-    model = TokenModel(vocab, vocab, cfg.model.dim, cfg.model.layers, make(**cfg.model.mixer(length)))
+    model = TokenModel(vocab, vocab, mixer=make(**cfg.model.mixer(length)), **cfg.model.backbone(length))
     return engine.Task(
         model=model.to(device),
         batch=lambda step: sequences(cfg.data, cfg.train.batch_size, train_seed(cfg.seed, step), device),

@@ -1,12 +1,16 @@
 """The residual backbone that all experiments share, and models of tokens built on it."""
 
+import math
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mixers.base import Mixer, State
+from .mixers.wrappings import CausalConv
 
 
 class RMSNorm(nn.Module):
@@ -23,86 +27,193 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.gamma + 1)
 
 
+NORMS = {"rms": RMSNorm, "layer": partial(nn.LayerNorm, bias=False)}
+
+
+class MLP(nn.Sequential):
+    """norm, Linear to width * dim, GELU, Linear back, dropout; without biases, as in nanoGPT."""
+
+    def __init__(self, dim: int, width: float, dropout: float, norm: Callable[[int], nn.Module]):
+        hidden = int(width * dim)
+        super().__init__(
+            norm(dim), nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False),
+            nn.Dropout(dropout),
+        )  # fmt: skip
+
+
 class Backbone(nn.Module):
-    """x + mixer(norm(x)) for every layer, then a norm. (B, T, D) in and out; a state is the tuple of its mixers'.
+    """Residual layers, then a norm. (B, T, D) in and out; a state is the tuple of its layers'.
+
+    Each layer adds to x, in this order: a causal depthwise convolution of x (without a norm before it, as in the
+    authors' code; only with `conv`), the mixer of norm(x), and an MLP of norm(x) (only with `mlp`).
 
     Args:
         dim: D.
         layers: how many.
         mixer: makes one mixer of width dim.
+        conv: the convolution's size; 0 for none.
+        mlp: the MLP's hidden width over dim; 0 for none.
+        dropout: on what the mixer and the MLP add.
+        norm: "rms" or "layer" (without a bias).
     """
 
-    def __init__(self, dim: int, layers: int, mixer: Callable[[int], Mixer]):
+    def __init__(
+        self,
+        dim: int,
+        layers: int,
+        mixer: Callable[[int], Mixer],
+        conv: int = 0,
+        mlp: float = 0,
+        dropout: float = 0.0,
+        norm: str = "rms",
+    ):
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers: expected a positive int, got {layers}")
-        self.norms = nn.ModuleList(RMSNorm(dim) for _ in range(layers))
+        if norm not in NORMS:
+            raise ValueError(f"norm: expected one of {(*NORMS,)}, got {norm!r}")
+        make_norm = NORMS[norm]
+        self.convs = nn.ModuleList(CausalConv(dim, conv) for _ in range(layers if conv else 0))
+        self.norms = nn.ModuleList(make_norm(dim) for _ in range(layers))
         self.mixers = nn.ModuleList(mixer(dim) for _ in range(layers))
-        self.norm = RMSNorm(dim)
+        self.mlps = nn.ModuleList(MLP(dim, mlp, dropout, make_norm) for _ in range(layers if mlp else 0))
+        self.dropout = nn.Dropout(dropout)
+        self.norm = make_norm(dim)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
-        states = []
-        for i, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
-            y, s = mixer(norm(x), None if state is None else state[i])
-            x = x + y
-            states.append(s)
-        return self.norm(x), None if state is None else tuple(states)
+        return self._mix(x, state, lambda mixer: mixer)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """(B, D) and the state after it."""
+        return self._mix(x_t, state, lambda mixer: mixer.step)
+
+    def _mix(self, x: Tensor, state: State | None, call: Callable) -> tuple[Tensor, State | None]:
         states = []
-        for norm, mixer, s in zip(self.norms, self.mixers, state, strict=True):
-            y, s = mixer.step(norm(x_t), s)
-            x_t = x_t + y
-            states.append(s)
-        return self.norm(x_t), tuple(states)
+        for i, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
+            mixer_state = conv_state = None
+            if state is not None:
+                mixer_state, conv_state = state[i] if self.convs else (state[i], None)
+            if self.convs:
+                y, conv_state = call(self.convs[i])(x, conv_state)
+                x = x + y
+            y, mixer_state = call(mixer)(norm(x), mixer_state)
+            x = x + self.dropout(y)
+            if self.mlps:
+                x = x + self.mlps[i](x)
+            states.append((mixer_state, conv_state) if self.convs else mixer_state)
+        return self.norm(x), None if state is None else tuple(states)
 
     def initial_state(self, batch_size: int) -> State:
-        return tuple(mixer.initial_state(batch_size) for mixer in self.mixers)
+        states = tuple(mixer.initial_state(batch_size) for mixer in self.mixers)
+        if not self.convs:
+            return states
+        return tuple((s, conv.initial_state(batch_size)) for s, conv in zip(states, self.convs, strict=True))
 
 
 class TokenModel(nn.Module):
     """Embedding, backbone, and a linear head without a bias: token ids in, logits out.
 
-    The paper's model for selective copying (arXiv 2410.01201, appendix C): embeddings from N(0, 1), no convolution,
-    no MLP.
+    With the defaults the paper's model for selective copying (arXiv 2410.01201, appendix C): embeddings from N(0, 1),
+    no convolution, no MLP. With positions, tied and init="gpt2" around attention it is nanoGPT.
 
     Args:
         vocab_in, vocab_out: numbers of input ids and of classes.
-        dim, layers, mixer: see `Backbone`.
+        dim, layers, mixer, settings: see `Backbone`.
+        positions: how many learned positions are added to the embeddings; None for none. Longer input is an error.
+        tied: the head's weight is the embedding's.
+        init: "torch", or "gpt2": Linears and embeddings from N(0, 0.02), those that add to the residual stream from
+            N(0, 0.02 / sqrt(2 layers)), biases 0; recurrent layers keep their own.
+
+    A state is the backbone's, or (the number of steps so far (B,), the backbone's) with positions.
     """
 
-    def __init__(self, vocab_in: int, vocab_out: int, dim: int, layers: int, mixer: Callable[[int], Mixer]):
+    def __init__(
+        self,
+        vocab_in: int,
+        vocab_out: int,
+        dim: int,
+        layers: int,
+        mixer: Callable[[int], Mixer],
+        positions: int | None = None,
+        tied: bool = False,
+        init: str = "torch",
+        **settings: Any,
+    ):
         super().__init__()
+        if init not in ("torch", "gpt2"):
+            raise ValueError(f"init: expected 'torch' or 'gpt2', got {init!r}")
+        if tied and vocab_in != vocab_out:
+            raise ValueError(f"tied: expected vocab_in = vocab_out, got {vocab_in} and {vocab_out}")
         self.embedding = nn.Embedding(vocab_in, dim)
-        self.backbone = Backbone(dim, layers, mixer)
+        self.backbone = Backbone(dim, layers, mixer, **settings)
         self.head = nn.Linear(dim, vocab_out, bias=False)
+        self.positions = nn.Embedding(positions, dim) if positions else None
+        if init == "gpt2":
+            self._init_as_gpt2(layers)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def _init_as_gpt2(self, layers: int) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and ".inner." not in name:  # S6 has an order of its own
+                adds = name.endswith((".out", ".out_proj")) or (".mlps." in name and name.endswith(".3"))
+                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * layers) if adds else 0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(
         self, tokens: Tensor, state: State | None = None, last: int | None = None
     ) -> tuple[Tensor, State | None]:
         """Logits (B, T, vocab_out) of ids (B, T), of the last `last` steps only where given, and the state."""
-        x, state = self.backbone(self.embedding(tokens), state)
-        return self.head(x if last is None else x[:, -last:]), state
+        x, state = self._embed(tokens, state)
+        x, inner = self.backbone(x, None if state is None else state[-1])
+        return self.head(x if last is None else x[:, -last:]), None if state is None else self._join(state, inner)
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """Logits (B, vocab_out) of ids (B,), and the state."""
-        x, state = self.backbone.step(self.embedding(token), state)
-        return self.head(x), state
+        x, state = self._embed(token[:, None], state)
+        x, inner = self.backbone.step(x[:, 0], state[-1])
+        return self.head(x), self._join(state, inner)
 
     def initial_state(self, batch_size: int) -> State:
-        return self.backbone.initial_state(batch_size)
+        inner = self.backbone.initial_state(batch_size)
+        if self.positions is None:
+            return inner
+        return torch.zeros(batch_size, dtype=torch.long, device=self.head.weight.device), inner
+
+    def _embed(self, tokens: Tensor, state: State | None) -> tuple[Tensor, tuple[State, ...] | None]:
+        """Embeddings, and the state as (steps after these tokens if counted, the backbone's)."""
+        x = self.embedding(tokens)
+        if self.positions is None:
+            return self.dropout(x), None if state is None else (state,)
+        T, most = tokens.shape[1], self.positions.num_embeddings
+        place = torch.arange(T, device=tokens.device)
+        if state is not None:
+            place = state[0][:, None] + place
+            state = (state[0] + T, state[1])
+        if T > most or (state is not None and int(state[0].max()) > most):
+            raise ValueError(f"tokens: expected at most {most} steps in all, the number of learned positions")
+        return self.dropout(x + self.positions(place)), state
+
+    @property
+    def dropout(self) -> nn.Dropout:
+        return self.backbone.dropout
+
+    def _join(self, state: tuple[State, ...], inner: State) -> State:
+        return inner if self.positions is None else (state[0], inner)
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float, only_matrices: bool = False) -> list[dict]:
     """An optimiser's groups: everything decays, but for what a mixer has marked (`mixers.base.no_weight_decay`).
 
-    So do embeddings, norms, biases and initial states, as in the authors' code (BorealisAI/minRNNs ff52e9d, main.py).
+    So do embeddings, norms, biases and initial states, as in the authors' code (BorealisAI/minRNNs ff52e9d, main.py);
+    with only_matrices nothing of one dimension does, as in nanoGPT.
     A mixer may also bound a parameter's learning rate by `parameter.lr_max` (S4's published training does).
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in trainable(model):
-        decay = 0.0 if getattr(parameter, "no_weight_decay", False) else weight_decay
+        kept = getattr(parameter, "no_weight_decay", False) or (only_matrices and parameter.dim() < 2)
+        decay = 0.0 if kept else weight_decay
         groups.setdefault((min(lr, getattr(parameter, "lr_max", lr)), decay), []).append(parameter)
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
