@@ -206,7 +206,22 @@ class SelectiveCopy(Run):
     data: SelectiveCopyData = field(default_factory=SelectiveCopyData)
 
 
-EXPERIMENTS = {"selective_copy": SelectiveCopy}
+@dataclass
+class CharLMData:
+    block: int = 256  # characters of a sequence
+    path: str | None = None  # any UTF-8 text; None is Tiny Shakespeare
+
+    def __post_init__(self):
+        positive(self, "data", "block")
+
+
+@dataclass
+class CharLM(Run):
+    experiment: str = "charlm"
+    data: CharLMData = field(default_factory=CharLMData)
+
+
+EXPERIMENTS = {"selective_copy": SelectiveCopy, "charlm": CharLM}
 
 
 def register() -> None:

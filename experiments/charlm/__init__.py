@@ -1,0 +1,117 @@
+"""A character model of a text: the paper's language experiment. `python -m experiments.charlm model=mingru seed=0`
+
+Data and protocol are nanoGPT's (https://github.com/karpathy/nanoGPT, data/shakespeare_char/prepare.py and train.py):
+the vocabulary is the text's sorted characters, the first 90 % train, the rest validates. With the text "hello world"
+and blocks of 4, a training sequence is
+
+    input    h e l l
+    target   e l l o
+
+`val_loss` is nanoGPT's estimate, over random blocks of the validation text (the same ones at every step and in every
+run); `test_loss`, at the end, is of all of the validation text, in blocks one after another, each from nothing: there
+is no third part. Both are nats per character.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minrnn.mixers import make
+from minrnn.models import TokenModel
+
+from .. import data, engine
+from ..config import CharLM
+from ..seeds import eval_seed, train_seed
+
+
+class Text:
+    """Characters as ids.
+
+    Attributes:
+        vocabulary: the characters, sorted; an id is a place in it.
+        train, val: int64 ids on the device.
+    """
+
+    def __init__(self, text: str, device: torch.device | str):
+        self.vocabulary = "".join(sorted(set(text)))
+        self.ids = {character: i for i, character in enumerate(self.vocabulary)}
+        everything = torch.tensor([self.ids[character] for character in text], device=device)
+        cut = int(0.9 * len(text))
+        self.train, self.val = everything[:cut], everything[cut:]
+
+    def batch(self, part: Tensor, batch_size: int, block: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, block): random blocks, a function of the seed on a kind of device."""
+        generator = torch.Generator(part.device).manual_seed(seed)
+        starts = torch.randint(len(part) - block, (batch_size, 1), generator=generator, device=part.device)
+        places = starts + torch.arange(block, device=part.device)
+        return part[places], part[places + 1]
+
+
+def read(cfg: CharLM, device: torch.device | str) -> Text:
+    """The text of `data.path`, or Tiny Shakespeare.
+
+    Raises DataError: no such file, not UTF-8, or too short for a block in each of its parts.
+    """
+    path = data.find("tinyshakespeare", cfg.progress) if cfg.data.path is None else cfg.data.path
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise data.DataError(f"data.path: expected UTF-8, {path} is not ({error})") from error
+    except OSError as error:
+        raise data.DataError(f"data.path: cannot read {path} ({error.strerror})") from error
+    least = 10 * (cfg.data.block + 1)  # of which a tenth validates
+    if len(text) < least:
+        raise data.DataError(
+            f"data.path: expected at least {least} characters for data.block={cfg.data.block}, {path} has {len(text)}"
+        )
+    return Text(text, device)
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    inputs, targets = batch
+    return F.cross_entropy(model(inputs)[0].flatten(0, 1), targets.flatten())
+
+
+def evaluate(cfg: CharLM, text: Text, model: nn.Module, split: str) -> dict[str, float]:
+    if split == "test":
+        return {"loss": whole_loss(cfg, text.val, model)}
+    total = 0.0
+    for i in range(cfg.eval.batches):
+        total += loss(model, text.batch(text.val, cfg.eval.batch_size, cfg.data.block, eval_seed("val", i))).item()
+    return {"loss": total / cfg.eval.batches}
+
+
+def whole_loss(cfg: CharLM, part: Tensor, model: nn.Module) -> float:
+    """Over every character but the first: blocks one after another, the last one shorter."""
+    block, total = cfg.data.block, 0.0
+    most = max(1, 2**14 // block)  # sequences at a time
+    count = (len(part) - 1) // block
+    inputs, targets = part[: count * block].view(count, block), part[1 : count * block + 1].view(count, block)
+    pieces = [*zip(inputs.split(most), targets.split(most), strict=True)]
+    if count * block < len(part) - 1:
+        pieces.append((part[None, count * block : -1], part[None, count * block + 1 :]))
+    for piece in pieces:
+        total += loss(model, piece).item() * piece[1].numel()
+    return total / (len(part) - 1)
+
+
+def task(cfg: CharLM, device: torch.device) -> engine.Task:
+    text = read(cfg, device)
+    block, vocab = cfg.data.block, len(text.vocabulary)
+    model = TokenModel(vocab, vocab, mixer=make(**cfg.model.mixer(block)), **cfg.model.backbone(block))
+    return engine.Task(
+        model=model.to(device),
+        batch=lambda step: text.batch(text.train, cfg.train.batch_size, block, train_seed(cfg.seed, step)),
+        loss=loss,
+        evaluate=partial(evaluate, cfg, text),
+        tokens=cfg.train.batch_size * block,
+        select="loss",
+        maximize=False,
+    )
+
+
+def run(cfg: CharLM) -> str:
+    return engine.execute(cfg, task)
