@@ -233,6 +233,15 @@ def register() -> None:
         store.store(group="schema/model", name=name, node=node(name=name), package="model")
 
 
+def typed(config: dict[str, Any]) -> Run:
+    """A record's configuration as the object that a runner takes. Settings that came later have their defaults."""
+    found = EXPERIMENTS[config["experiment"]]()
+    parts: dict[str, Any] = {"model": MODELS[config["model"]["name"]](**config["model"]), "wandb": Wandb()}
+    for section in ("data", "train", "eval"):
+        parts[section] = type(getattr(found, section))(**config[section])
+    return type(found)(**(config | parts))
+
+
 def positive(config: Any, section: str, *names: str) -> None:
     for name in names:
         if getattr(config, name) <= 0:

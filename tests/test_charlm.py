@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments import charlm, config, launch, records
+from experiments.charlm import sample
 from experiments.data import DataError
 
 ROOT = Path(__file__).parent.parent
@@ -115,3 +116,101 @@ def test_a_text_that_cannot_be_used_is_refused(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         charlm.read(resolve(tmp_path, f"data.path={path}"), "cpu")
+
+
+# Generation
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A recurrent model and a Transformer that saw a text of ten characters in turn."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text("0123456789" * 300)
+    runs = {}
+    for model in ("mingru", "transformer"):
+        overrides = (f"model={model}", f"data.path={folder / 'text.txt'}", "train.steps=150", "eval.every=50")
+        cfg = resolve(folder, *overrides)
+        assert charlm.run(cfg) == "done"
+        runs[model] = config.run_id(asdict(cfg))
+    return folder, runs
+
+
+def settings_of(trained, model, *more):
+    folder, runs = trained
+    places = (f"results_dir={folder}/results", f"output_dir={folder}/outputs")
+    return sample.parse([f"run={runs[model]}", *places, *more])
+
+
+@pytest.mark.parametrize("model", ("mingru", "transformer"))
+def test_it_goes_on_as_the_text_does(trained, model, capsys):
+    """Also beyond the Transformer's 16 positions."""
+    folder, runs = trained
+    places = (f"results_dir={folder}/results", f"output_dir={folder}/outputs")
+    sample.main([f"run={runs[model]}", *places, "prompt=34567", "tokens=60", "temperature=0", "--stats"])
+    out = capsys.readouterr()
+    assert out.out == "34567" + ("8901234567" * 6) + "\n"
+    assert "tokens a second" in out.err
+
+
+@pytest.mark.parametrize("model", ("mingru", "transformer"))
+def test_a_prompt_read_at_once_is_one_read_step_by_step(trained, model):
+    net, text, _ = sample.load(settings_of(trained, model))
+    prompt = torch.tensor([text.ids[c] for c in "0123456"])
+    with torch.inference_mode():
+        whole, whole_state = sample.start(net, prompt, None)
+        logits, state = sample.start(net, prompt[:1], None)
+        for token in prompt[1:]:
+            logits, state = net.step(token[None], state)
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+    assert sample.state_bytes(state) == sample.state_bytes(whole_state)
+
+
+def test_a_recurrent_state_does_not_grow(trained):
+    sizes = {}
+    for model in ("mingru", "transformer"):
+        settings = settings_of(trained, model, "tokens=14", "temperature=0")
+        net, text, _ = sample.load(settings)
+        states = [state for _, state in sample.generate(net, torch.tensor([0]), settings)]
+        sizes[model] = (sample.state_bytes(states[0]), sample.state_bytes(states[-1]))
+    assert sizes["mingru"][0] == sizes["mingru"][1] and sizes["transformer"][0] < sizes["transformer"][1]
+
+
+def test_the_choice_keeps_to_temperature_and_top_k():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**options):
+        settings = sample.Settings(**options)
+        return (
+            torch.stack([sample.choose(logits, settings, generator) for _ in range(4000)]).bincount(minlength=4) / 4000
+        )
+
+    torch.testing.assert_close(drawn(temperature=0.5), (logits / 0.5).softmax(-1), atol=0.03, rtol=0)
+    two = drawn(temperature=1.0, top_k=2)
+    torch.testing.assert_close(two[:2], logits[:2].softmax(-1), atol=0.03, rtol=0)
+    assert two[2:].sum() == 0 and drawn(temperature=0)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (["prompt=Ü4"], "prompt: 'Ü' is not among the text's 10 characters"),
+        (["prompt="], "prompt: expected a character at least"),
+        (["tokens=many"], "tokens: expected int, got 'many'"),
+        (["tokens=0"], "expected tokens >= 1"),
+        (["temprature=1"], "temprature=1: no such setting; the nearest is temperature="),
+        (["output_dir=nowhere"], "has a record, but no weights in nowhere"),
+    ),
+)
+def test_what_cannot_be_sampled_is_said(trained, change, message):
+    folder, runs = trained
+    places = (f"results_dir={folder}/results", f"output_dir={folder}/outputs")
+    with pytest.raises(ValueError, match=message):
+        sample.main([f"run={runs['mingru']}", *places, *change])
+
+
+def test_a_run_that_does_not_exist_names_the_nearest(trained):
+    folder, runs = trained
+    near = runs["mingru"][:-1] + "x"
+    with pytest.raises(ValueError, match=f"no run '{near}' in .*; the nearest is {runs['mingru']}"):
+        sample.load(sample.parse([f"run={near}", f"results_dir={folder}/results"]))

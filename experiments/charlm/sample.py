@@ -1,0 +1,154 @@
+"""Text from a trained character model, as it is made.
+
+    python -m experiments.charlm.sample run=<id> prompt="ROMEO:" tokens=500 temperature=0.8 top_k=20 --stats
+
+The prompt is read in parallel, then one character follows another: a recurrent model carries its state (and its
+convolution's window), of the same size however long the text gets; a Transformer keeps keys and values, and when its
+learned positions are used up it reads the later half of them again, at the first positions.
+"""
+
+import difflib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minrnn.mixers import make
+from minrnn.mixers.base import state_map
+from minrnn.models import TokenModel
+
+from .. import checkpoints, records
+from ..config import CharLM, typed
+from ..data import DataError
+from . import Text, read
+
+
+@dataclass
+class Settings:
+    run: str = ""
+    prompt: str = "\n"
+    tokens: int = 500
+    temperature: float = 0.8  # 0 takes the likeliest
+    top_k: int = 0  # choose among so many; 0: all
+    seed: int = 0
+    weights: str = "best"  # or last
+    results_dir: str = "results"
+    output_dir: str = "outputs"
+    device: str = "cpu"
+
+    def __post_init__(self):
+        if self.tokens < 1 or self.temperature < 0 or self.top_k < 0:
+            raise ValueError(
+                "expected tokens >= 1, temperature >= 0 and top_k >= 0, "
+                f"got {self.tokens}, {self.temperature} and {self.top_k}"
+            )
+        if self.weights not in ("best", "last"):
+            raise ValueError(f"weights: expected 'best' or 'last', got {self.weights!r}")
+        if not self.prompt:
+            raise ValueError("prompt: expected a character at least")
+
+
+def parse(arguments: list[str]) -> Settings:
+    kinds = {f.name: f.type for f in fields(Settings)}
+    values = {}
+    for argument in arguments:
+        key, found, value = argument.partition("=")
+        if not found or key not in kinds:
+            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0)[0]
+            raise ValueError(f"{argument}: no such setting; the nearest is {near}=")
+        try:
+            values[key] = kinds[key](value)
+        except ValueError:
+            raise ValueError(f"{key}: expected {kinds[key].__name__}, got {value!r}") from None
+    return Settings(**values)
+
+
+def load(settings: Settings) -> tuple[TokenModel, Text, CharLM]:
+    """The run's model, its text (for the vocabulary) and its configuration."""
+    record = records.read_record(records.record_path(settings.results_dir, "charlm", settings.run))
+    if record is None:
+        known = [path.parent.name for path in (Path(settings.results_dir) / "runs/charlm").glob("*/record.json")]
+        near = difflib.get_close_matches(settings.run, known, n=1, cutoff=0)
+        hint = f"the nearest is {near[0]}" if near else "there is none: python -m experiments.charlm makes one"
+        raise ValueError(f"run: no run {settings.run!r} in {settings.results_dir}/runs/charlm; {hint}")
+    cfg = typed(record["config"])
+    saved = checkpoints.load(records.work_dir(settings.output_dir, "charlm", settings.run), settings.device)
+    if saved is None:
+        raise ValueError(
+            f"run: {settings.run} has a record, but no weights in {settings.output_dir} (they stay where it was run); "
+            f"give output_dir=, or do it again: python -m experiments.charlm results_dir=mine output_dir=mine ..."
+        )
+    text, block = read(cfg, "cpu"), cfg.data.block
+    vocab = len(text.vocabulary)
+    model = TokenModel(vocab, vocab, mixer=make(**cfg.model.mixer(block)), **cfg.model.backbone(block))
+    model.load_state_dict(saved["best_weights" if settings.weights == "best" else "model"])
+    return model.to(settings.device).eval(), text, cfg
+
+
+@torch.inference_mode()
+def generate(model: TokenModel, prompt: Tensor, settings: Settings) -> Iterator[tuple[int, object]]:
+    """Ids, one after another, each with the state before it."""
+    generator = torch.Generator(prompt.device).manual_seed(settings.seed)
+    most = model.positions.num_embeddings if model.positions is not None else None
+    seen = prompt.tolist()
+    logits, state = start(model, prompt, most)
+    for _ in range(settings.tokens):
+        token = choose(logits[0], settings, generator)
+        yield token.item(), state
+        seen.append(token.item())
+        if most is not None and int(state[0]) == most:
+            logits, state = start(model, torch.tensor(seen[-most // 2 :], device=prompt.device), most)
+        else:
+            logits, state = model.step(token[None], state)
+
+
+def start(model: TokenModel, prompt: Tensor, most: int | None) -> tuple[Tensor, object]:
+    """Logits (1, vocabulary) after the prompt, read at once, and the state."""
+    tokens = prompt[None] if most is None else prompt[None, -most:]
+    logits, state = model(tokens, model.initial_state(1), last=1)
+    return logits[:, 0], state
+
+
+def choose(logits: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
+    if settings.temperature == 0:
+        return logits.argmax()
+    logits = logits / settings.temperature
+    if 0 < settings.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[-1], -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[0]
+
+
+def state_bytes(state: object) -> int:
+    sizes = []
+    state_map(lambda tensor: sizes.append(tensor.nbytes) or tensor, state)
+    return sum(sizes)
+
+
+def main(arguments: list[str]) -> None:
+    stats = "--stats" in arguments
+    settings = parse([argument for argument in arguments if argument != "--stats"])
+    model, text, _ = load(settings)
+    unknown = sorted(set(settings.prompt) - set(text.vocabulary))
+    if unknown:
+        raise ValueError(f"prompt: {''.join(unknown)!r} is not among the text's {len(text.vocabulary)} characters")
+    prompt = torch.tensor([text.ids[character] for character in settings.prompt], device=settings.device)
+    print(settings.prompt, end="", flush=True)
+    began, size = time.perf_counter(), 0
+    for token, state in generate(model, prompt, settings):
+        print(text.vocabulary[token], end="", flush=True)
+        size = max(size, state_bytes(state)) if stats else 0
+    speed = settings.tokens / (time.perf_counter() - began)
+    print()
+    if stats:
+        print(f"{speed:.0f} tokens a second; a state of {size:,} bytes at most", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, DataError) as error:
+        sys.exit(f"error: {error}")
