@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from experiments import records
-from experiments.config import PROFILES
+from experiments.config import MODELS, PROFILES
 from scripts import figures, plan, report, reproduce, tables
 
 ROOT = Path(__file__).parent.parent
@@ -96,9 +96,9 @@ def test_plain_rnns_have_the_parameters_of_the_minimal_ones():
     from minrnn.mixers import make
 
     def size(label):
-        model = dict(find("paper", label, 1)[0].config["model"])
-        dim, _ = model.pop("dim"), model.pop("layers")
-        return sum(p.numel() for p in make(**model)(dim).parameters())
+        model = find("paper", label, 1)[0].config["model"]
+        mixer = make(**MODELS[model["name"]](**model).mixer(64))
+        return sum(p.numel() for p in mixer(model["dim"]).parameters())
 
     assert size("GRU") == pytest.approx(size("minGRU, layers 3"), rel=0.01)
     assert size("LSTM") == pytest.approx(size("minLSTM, layers 3"), rel=0.03)
