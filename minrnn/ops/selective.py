@@ -1,0 +1,202 @@
+"""The selective scan of Mamba's S6: its checks, its loop, and the registration with torch."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from .memory import empty
+from .scan import _empty_fake, _empty_like, _rows, is_autocast_enabled, resolve
+
+DTYPES = (torch.float64, torch.float32)
+
+
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None = None, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t and y_t = sum over n of C_t[n] h_t[n], for every channel by itself.
+
+    arXiv 2312.00752, section 3.2, algorithm 2; without its softplus of dt and D u. A state has N numbers a channel and
+    is never written out for all steps: of B T D N numbers, the compiled backends keep those of every few steps for the
+    backward pass, which recomputes the others.
+
+    Args:
+        u, dt: (B, T, D); float64 or float32. Under autocast narrower ones are widened to float32, as `torch.exp` does.
+        A: (D, N), the same for all steps.
+        B, C: (B, T, N), the same for all channels.
+        h0: (B, D, N), the state before the first step; None means zeros.
+        backend: "auto", "reference", "cpu" or "triton" (see `minrnn.ops.available_backends`).
+
+    Returns:
+        y (B, T, D) and the last state (B, D, N), in the inputs' dtype. Both are differentiable in all inputs, by
+        reverse mode; a second time by the plain loop. For forward mode and torch.func use backend="reference".
+
+    Raises:
+        TypeError: an argument is not a tensor of the expected dtype.
+        ValueError: a shape or device does not fit, or the backend is unknown or cannot run here.
+    """
+    tensors = {"u": u, "dt": dt, "A": A, "B": B, "C": C} | ({} if h0 is None else {"h0": h0})
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if is_autocast_enabled(u.device):
+        dtype = torch.float32
+        for x in tensors.values():
+            dtype = torch.promote_types(dtype, x.dtype)
+        tensors = {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+        u = tensors["u"]
+    if u.dim() != 3:
+        raise ValueError(f"u: expected shape (B, T, D), got {tuple(u.shape)}")
+    batch, T, D = u.shape
+    if tensors["A"].dim() != 2 or tensors["A"].shape[0] != D:
+        raise ValueError(f"A: expected shape (D, N) with D = {D} to fit u, got {tuple(tensors['A'].shape)}")
+    N = tensors["A"].shape[1]
+    shapes = {"dt": (batch, T, D), "B": (batch, T, N), "C": (batch, T, N), "h0": (batch, D, N)}
+    for name, x in tensors.items():
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected a tensor of float64 or float32, got {x.dtype}")
+        if x.shape != shapes.get(name, x.shape):
+            raise ValueError(f"{name}: expected shape {tuple(shapes[name])} to fit u and A, got {tuple(x.shape)}")
+        if x.dtype != u.dtype:
+            raise TypeError(f"{name}: expected u's dtype {u.dtype}, got {x.dtype}")
+        if x.device != u.device:
+            raise ValueError(f"{name}: expected u's device {u.device}, got {x.device}")
+    backend = resolve(backend, u.device, u.dtype)
+    if backend == "log":
+        raise ValueError("backend: 'log' has no selective scan; use 'reference', 'cpu' or 'triton'")
+    if backend == "reference":
+        return _reference(**tensors)
+    if not torch.compiler.is_compiling():
+        if any(unpack_dual(x).tangent is not None for x in tensors.values()):  # torch would drop it in silence
+            raise NotImplementedError(f"backend: {backend!r} has no forward-mode derivative; use backend='reference'")
+    y, last, _ = _op(*(tensors.get(name) for name in ("u", "dt", "A", "B", "C", "h0")), backend)
+    return y, last
+
+
+def _reference(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The plain time loop, differentiable any number of times."""
+    h = u.new_zeros(u.shape[0], *A.shape) if h0 is None else h0.clone()  # a result, so not an argument
+    y = []
+    # unbind, not u[:, t]: the gradient of an index is a tensor as large as what was indexed
+    for u_t, dt_t, B_t, C_t in zip(*(x.unbind(1) for x in (u, dt, B, C)), strict=True):
+        h = torch.exp(dt_t[..., None] * A) * h + (dt_t * u_t)[..., None] * B_t[:, None]
+        y.append((h @ C_t[..., None]).squeeze(-1))
+    return torch.stack(y, 1) if y else u * dt, h
+
+
+def _kernels(backend: str) -> ModuleType:
+    if backend == "cpu":
+        from . import selective_cpu
+
+        return selective_cpu
+    from . import selective_triton
+
+    return selective_triton
+
+
+# Every how many steps a state is saved. On a CPU the states of so many steps, and their exponentials, stay in the
+# second cache for 16 channels; on a GPU they stay in registers.
+STEPS = {"cpu": 64, "triton": 8}
+
+
+def _empty_results(u, A, backend, new):
+    """y, the last state, and the states that enter each stretch of STEPS: (B, stretches, N, D), flat.
+
+    The kernels work on neighbouring channels side by side, so they lie side by side in states. Flat, because
+    torch.export holds a dimension that may be 1 to be the number it finds.
+    """
+    (batch, T, D), N = u.shape, A.shape[1]
+    stretches = (T + STEPS[backend] - 1) // STEPS[backend]
+    return _empty_like(u, D, new), new((batch, N, D), u).mT, new((batch * stretches * N * D,), u)
+
+
+# The schemas are written out because what torch infers from annotations differs between its versions.
+@torch.library.custom_op(
+    "minrnn::selective_scan",
+    mutates_args=(),
+    schema="(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? h0, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _op(u, dt, A, B, C, h0, backend):
+    """y, the last state and the saved states, which have no gradient."""
+    y, last, saved = _empty_results(u, A, backend, empty)
+    if y.numel() and A.numel():
+        inputs = (_rows(u), _rows(dt), A, _rows(B), _rows(C), h0)
+        _kernels(backend).forward(*inputs, y, last, saved, STEPS[backend])
+    else:
+        y.zero_()
+        last.zero_() if h0 is None else last.copy_(h0)
+    return y, last, saved
+
+
+@_op.register_fake
+def _(u, dt, A, B, C, h0, backend):
+    return _empty_results(u, A, backend, _empty_fake)
+
+
+def _empty_gradients(u, dt, A, B, C, has_h0, new):
+    N = A.shape[1]
+    grads = [_empty_like(u, u.shape[2], new), _empty_like(dt, u.shape[2], new), new(A.shape, A)]
+    grads += [_empty_like(B, N, new), _empty_like(C, N, new)]
+    return grads if not has_h0 else [*grads, new((u.shape[0], N, u.shape[2]), u).mT]
+
+
+@torch.library.custom_op(
+    "minrnn::selective_scan_backward",
+    mutates_args=(),
+    schema="(Tensor? grad, Tensor? grad_last, Tensor saved, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C,"
+    " bool has_h0, str backend) -> Tensor[]",
+)
+def _backward_op(grad, grad_last, saved, u, dt, A, B, C, has_h0, backend):
+    """The gradients of u, dt, A, B, C and, where there is one, of h0; those given may be absent."""
+    grads = _empty_gradients(u, dt, A, B, C, has_h0, empty)
+    if u.numel() and A.numel():
+        inputs = (_rows(u), _rows(dt), A, _rows(B), _rows(C))
+        given = (saved, _rows(grad), grad_last)
+        _kernels(backend).backward(*inputs, *given, *grads, *(None,) * (not has_h0), STEPS[backend])
+    else:
+        for x in grads:
+            x.zero_()
+        if has_h0 and grad_last is not None:
+            grads[5].copy_(grad_last)
+    return grads
+
+
+@_backward_op.register_fake
+def _(grad, grad_last, saved, u, dt, A, B, C, has_h0, backend):
+    return _empty_gradients(u, dt, A, B, C, has_h0, _empty_fake)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _backward(ctx, grad, grad_last, _):
+    *inputs, saved = ctx.saved_tensors
+    if grad is None and grad_last is None:
+        return (None,) * 7
+    if torch.is_grad_enabled():  # create_graph=True: the same gradients from differentiable parts
+        return *_composite_backward(inputs, grad, grad_last), None
+    grads = _backward_op(grad, grad_last, saved, *inputs[:5], inputs[5] is not None, ctx.backend)
+    return *grads, *(None,) * (6 - len(grads)), None
+
+
+def _composite_backward(inputs, grad, grad_last):
+    """The gradients as a graph of differentiable operations: those of the plain loop."""
+    # Views, so that a path from one input to another is not counted here and by the outer graph again.
+    inputs = [None if x is None else x.view_as(x) for x in inputs]
+    outputs = [(x, g) for x, g in zip(_reference(*inputs), (grad, grad_last), strict=True) if g is not None]
+    outputs = [(x, g) for x, g in outputs if x.requires_grad]
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    if not outputs or not wanted:
+        return [None] * 6
+    results, weights = zip(*outputs, strict=True)
+    found = iter(torch.autograd.grad(results, wanted, weights, create_graph=True, allow_unused=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
