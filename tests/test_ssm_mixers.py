@@ -125,11 +125,9 @@ def test_s6_is_the_papers_equations(dtype, tolerance, with_state):
         assert h is None
 
 
-@pytest.mark.parametrize("piece", [s6.PIECE, 100])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_s6_gradients(monkeypatch, dtype, tolerance, backend, piece):
-    monkeypatch.setattr(s6, "PIECE", piece)
+def test_s6_gradients(dtype, tolerance, backend):
     layer = varied(S6(5, state_size=3, dt_rank=2, backend=backend)).to(dtype)
     wide = S6(5, state_size=3, dt_rank=2).double()
     wide.load_state_dict(layer.state_dict())
@@ -147,15 +145,6 @@ def test_s6_gradients(monkeypatch, dtype, tolerance, backend, piece):
     expected = gradients(wide, partial(torch_s6, wide), torch.float64)
     for name, grad in gradients(layer, layer, dtype).items():
         assert_close(grad, expected[name], tolerance, name)
-
-
-def test_s6_in_pieces_carries_each_sequence_its_own_state(monkeypatch):
-    layer = varied(S6(4, state_size=2)).double()
-    x, h0 = torch.randn(5, 6, 4).double(), torch.randn(5, 4, 2).double()
-    whole = layer(x, h0)
-    monkeypatch.setattr(s6, "PIECE", 2 * 6 * 8)  # two sequences at a time: pieces of 2, 2, 1
-    for got, expected in zip(layer(x, h0), whole, strict=True):
-        assert_close(got.detach(), expected.detach(), 1e-14)
 
 
 def test_s6_is_mingru_with_a_zero_order_hold():
@@ -219,8 +208,9 @@ def test_s6_hands_mamba_ssm_what_its_kernel_takes(monkeypatch):
 
 
 def test_s6_errors(monkeypatch):
-    with pytest.raises(ValueError, match="backend: expected one of .* got 'cuda'"):
-        S6(4, backend="cuda")
+    for unknown in ("cuda", "log"):  # log: of linear_scan alone
+        with pytest.raises(ValueError, match=f"backend: expected one of .* got '{unknown}'"):
+            S6(4, backend=unknown)
     with pytest.raises(ValueError, match="0 < dt_min <= dt_max, got 0.2 and 0.1"):
         S6(4, dt_min=0.2)
     monkeypatch.setattr(s6, "_has_mamba_ssm", lambda: False)

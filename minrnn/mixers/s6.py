@@ -6,18 +6,13 @@ B, C and dt are the paper's; tensors are (batch, T, dim) or, as B and C, (batch,
 import importlib.util
 import math
 from functools import cache
-from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.scan import BACKENDS, scan
+from ..ops.selective import BACKENDS, selective_scan
 from .base import Mixer, no_weight_decay
-
-# A sequence has dim * N channels in the scan. On a CPU, tensors of that width are made for a few sequences at a
-# time: glibc keeps freed blocks below 32 MiB, and larger ones are faulted in again page by page (2 to 3 times slower).
-PIECE = 1 << 22
 
 
 class S6(Mixer):
@@ -32,9 +27,9 @@ class S6(Mixer):
         dt_rank: the width of dt_low; None means dim / 16, rounded up.
         dt_min, dt_max: the bias of dt is drawn so that softplus(bias) is log-uniform between these, ...
         dt_floor: ... and at least this.
-        backend: a backend of `minrnn.ops.linear_scan`, or "mamba-ssm": that package's CUDA kernel. It takes no
-            initial state, so a call with a state runs on "auto" of `linear_scan`. "auto" is "mamba-ssm" where it is
-            installed, the tensors are on CUDA and not float64; elsewhere it is `linear_scan`'s.
+        backend: one of `minrnn.ops.selective.selective_scan`, or "mamba-ssm": that package's CUDA kernel. It takes
+            no initial state, so a call with a state runs on "auto" of `selective_scan`. "auto" is "mamba-ssm" where
+            it is installed, the tensors are on CUDA and not float64; elsewhere it is `selective_scan`'s.
     """
 
     def __init__(
@@ -77,7 +72,7 @@ class S6(Mixer):
                 y = _mamba_ssm_scan(u, dt, A, B, C, D, bias)
             else:
                 backend = "auto" if self.backend == "mamba-ssm" else self.backend
-                y, h = selective_scan(u, F.softplus(dt + bias), A, B, C, state, backend)
+                y, h = selective_scan(u, F.softplus(dt + bias), A, B, C, state, backend=backend)
                 y = y + D * u
         return y.to(x.dtype), None if state is None else h
 
@@ -110,35 +105,6 @@ class S6(Mixer):
         if self.backend == "mamba-ssm" and not (u.is_cuda and u.dtype == torch.float32):
             raise ValueError(f"backend: 'mamba-ssm' works on CUDA tensors up to float32, got {u.dtype} on {u.device}")
         return self.backend == "mamba-ssm"
-
-
-def selective_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None = None, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """y_t = C_t h_t with h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, by `linear_scan` over dim * N channels.
-
-    Args:
-        u, dt: (batch, T, dim).
-        A: (dim, N), the same for all steps.
-        B, C: (batch, T, N), the same for all channels.
-        h0: (batch, dim, N), the state before the first step; None means zeros.
-
-    Returns:
-        y (batch, T, dim) and the last state (batch, dim, N).
-    """
-    batch, T, _ = u.shape
-    size = max(1, PIECE // (T * A.numel()) if u.device.type == "cpu" else batch)
-    h0s = repeat(None) if h0 is None else h0.split(size)
-
-    def piece(u, dt, B, C, h0):
-        a, b = _coefficients(u, dt, A, B)
-        h = scan("linear", (a.flatten(2), b.flatten(2)), None if h0 is None else h0.flatten(1), backend=backend)
-        h = h.view_as(a)
-        return (h @ C[..., None]).squeeze(-1), h[:, -1]
-
-    pieces = map(piece, *(x.split(size) for x in (u, dt, B, C)), h0s)
-    y, last = zip(*pieces, strict=True)
-    return torch.cat(y), torch.cat(last)
 
 
 def _coefficients(u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

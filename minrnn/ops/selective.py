@@ -10,6 +10,7 @@ from .memory import empty
 from .scan import _empty_fake, _empty_like, _rows, is_autocast_enabled, resolve
 
 DTYPES = (torch.float64, torch.float32)
+BACKENDS = ("reference", "cpu", "triton")
 
 
 def selective_scan(
