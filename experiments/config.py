@@ -16,6 +16,8 @@ from .seeds import RUNS, STEPS
 
 PROFILES = ("smoke", "cpu", "paper")
 SECTIONS = ("model", "data", "train", "eval")  # what makes a run what it is, with the experiment and the seed
+NO_ID = {"id": False}  # of a setting in them that does not
+TEXTS = ("tinyshakespeare", "python_docs")
 
 
 @dataclass
@@ -80,7 +82,7 @@ class RNN(Model):
 @dataclass
 class Attention(Model):
     name: str = "attention"
-    heads: int = 4
+    heads: int | None = None  # None: of 64 channels each, but 4 at least, as in nanoGPT's settings
 
     def mixer(self, length: int) -> dict[str, Any]:
         return super().mixer(length) | {"dropout": self.dropout}  # on the weights too, as in nanoGPT
@@ -209,10 +211,13 @@ class SelectiveCopy(Run):
 @dataclass
 class CharLMData:
     block: int = 256  # characters of a sequence
-    path: str | None = None  # any UTF-8 text; None is Tiny Shakespeare
+    text: str = "tinyshakespeare"  # or python_docs, what Python's help() says of the language; it comes with Python
+    path: str | None = field(default=None, metadata=NO_ID)  # any UTF-8 text instead; its checksum stands for it
+    sha256: str | None = None  # of what is at path; None: as found
 
     def __post_init__(self):
         positive(self, "data", "block")
+        one_of(self, "data", "text", TEXTS)
 
 
 @dataclass
@@ -262,9 +267,11 @@ def run_id(config: dict[str, Any]) -> str:
     defaults = EXPERIMENTS[config["experiment"]]()
     for section in SECTIONS:
         default = MODELS[config["model"]["name"]]() if section == "model" else getattr(defaults, section)
-        settings = config[section].items()
+        places = {f.name for f in fields(default) if f.metadata == NO_ID}
         identity[section] = {
-            k: _plain(v) for k, v in settings if k == "name" or _plain(v) != _plain(getattr(default, k))
+            k: _plain(v)
+            for k, v in config[section].items()
+            if k == "name" or (k not in places and _plain(v) != _plain(getattr(default, k)))
         }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -78,5 +78,15 @@ def fetch(file: File, folder: Path, progress: bool = True) -> Path:
     return path
 
 
+def python_docs() -> str:
+    """What Python's help() says of the language, half a million characters: a text that is at hand everywhere.
+
+    Each version of Python has its own.
+    """
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from . import config
+from .data import DataError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SEARCH = f"hydra.searchpath=[file://{CONFIGS}]"
@@ -50,9 +51,15 @@ def main(experiment: str) -> None:
 
 def _task(cfg: DictConfig) -> str:
     # Found by name, so that launchers can send it to another process.
-    outcome = importlib.import_module(f"experiments.{cfg.experiment}").run(OmegaConf.to_object(cfg))
+    here = os.environ.get("MINRNN_MAIN_PROCESS") == str(os.getpid())
+    try:
+        outcome = importlib.import_module(f"experiments.{cfg.experiment}").run(OmegaConf.to_object(cfg))
+    except DataError as error:
+        if here:
+            sys.exit(f"error: {error}")  # it says what to do; a traceback would say no more
+        raise
     _outcomes.append(outcome)
-    if outcome in UNFINISHED_OUTCOMES and os.environ.get("MINRNN_MAIN_PROCESS") != str(os.getpid()):
+    if outcome in UNFINISHED_OUTCOMES and not here:
         raise RuntimeError(f"the run is {outcome}, not done; give the same command again")  # all that a launcher heeds
     if outcome == "stopped":
         sys.exit(UNFINISHED)  # the rest of a sweep too

@@ -1,7 +1,8 @@
 """Figures from records alone: `python -m scripts.figures`. Needs no torch.
 
-`results/figures/<table>_{accuracy,loss}[_<profile>].{png,pdf}` show curves against steps, `table1_layers[_<profile>]`
-the number of layers. The same records give the same files, byte for byte, under one version of matplotlib.
+`results/figures/<table>_{accuracy,loss}[_<profile>].{png,pdf}` show curves against steps, those of a character model
+against steps and time; `table1_layers[_<profile>]` the number of layers. The same records give the same files, byte for
+byte, under one version of matplotlib.
 """
 
 from collections import defaultdict
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
 from scripts.plan import TABLES
-from scripts.tables import Entry, command, file_name, load, measured_tables, results_dir_argument
+from scripts.tables import Entry, command, file_name, load, measured_tables, results_dir_argument, seconds_a_step
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; dashes and markers tell them apart without any.
 STYLES = (
@@ -23,6 +24,7 @@ STYLES = (
     {"color": "#009E73", "linestyle": (0, (1, 1.2)), "marker": "^"},
     {"color": "#CC79A7", "linestyle": (0, (6, 2, 1, 2)), "marker": "D"},
     {"color": "#555555", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "marker": "v"},
+    {"color": "#E69F00", "linestyle": (0, (8, 2, 1, 2, 1, 2)), "marker": "P"},
 )
 SETTINGS = {
     "font.size": 8,
@@ -66,7 +68,8 @@ def _head(ax: Axes, title: str, columns: int = 3) -> None:
     ax.legend(title=title, ncols=columns, alignment="left", columnspacing=1.2, **place)
 
 
-def _band(ax: Axes, seeds: list[list[list[float]]], scale: float, i: int, of: int, label: str) -> None:
+def _band(ax: Axes, seeds: list[list[list[float]]], scale: float, i: int, of: int, label: str, unit: float = 1) -> None:
+    """`unit` of the horizontal axis is what a step takes there."""
     values = defaultdict(list)
     for points in seeds:
         for step, _, value in points:
@@ -74,11 +77,12 @@ def _band(ax: Axes, seeds: list[list[list[float]]], scale: float, i: int, of: in
     steps = sorted(values)
     every = max(1, len(steps) // MARKERS)
     # Markers of lines that lie on one another stand side by side.
-    place = (i * every // of, every)
+    marked = (i * every // of, every)
     mean = [sum(values[step]) / len(values[step]) for step in steps]
-    ax.plot(steps, mean, **STYLES[i % len(STYLES)], markevery=place, label=label, zorder=3)
+    places = [step * unit for step in steps]
+    ax.plot(places, mean, **STYLES[i % len(STYLES)], markevery=marked, label=label, zorder=3)
     low, high = [min(values[step]) for step in steps], [max(values[step]) for step in steps]
-    ax.fill_between(steps, low, high, color=STYLES[i % len(STYLES)]["color"], alpha=0.18, linewidth=0)
+    ax.fill_between(places, low, high, color=STYLES[i % len(STYLES)]["color"], alpha=0.18, linewidth=0)
 
 
 def accuracy_against_steps(table: str, found: list[Entry]) -> Figure:
@@ -97,6 +101,30 @@ def loss_against_steps(table: str, found: list[Entry]) -> Figure:
         ax.set_ylim(bottom=0)
     figure.supxlabel("training steps", fontsize=8)
     figure.supylabel("training loss, nats per token", fontsize=8)
+    return figure
+
+
+def loss_against_steps_and_time(table: str, found: list[Entry]) -> Figure:
+    """Validation loss; the time is that of training alone, at each model's mean speed, without its evaluations."""
+    figure = Figure(figsize=(7.0, 3.1), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    names = [name for _, rows in TABLES[table].panels for name in rows]
+    rows = {entry.cell.row: entry.done for entry in found if entry.done}
+    lowest = min(value for done in rows.values() for record in done for _, _, value in record["curves"]["val_loss"])
+    for i, name in enumerate(names):
+        if name not in rows:
+            continue
+        for ax, unit in zip(axes, (1, seconds_a_step(rows[name]) / 60), strict=True):
+            curves = [record["curves"]["val_loss"] for record in rows[name]]
+            _band(ax, curves, 1, i, len(names), name, unit)
+    # From above a model that knows how often each character follows another (2.48 nats) on.
+    axes[0].set_ylim(lowest - 0.05, max(2.55, lowest + 0.3))
+    axes[0].set(xlabel="training steps", ylabel="validation loss, nats per character")
+    axes[0].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes[1].set_xlabel("training time, minutes")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=6)
+    for ax in axes:
+        ax.margins(x=0.02)
     return figure
 
 
@@ -159,7 +187,11 @@ def write_all(results_dir: str | Path) -> list[Path]:
             if not any(entry.done for entry in found):
                 continue
             suffix = "" if profile == "paper" else f"_{profile}"
-            if TABLES[table].column == "layers":
+            if not TABLES[table].panels and TABLES[table].column is None:
+                continue
+            if found[0].metric.key == "val_loss":
+                figures = {f"{table}_loss{suffix}": loss_against_steps_and_time(table, found)}
+            elif TABLES[table].column == "layers":
                 figures = {file_name(table, profile): layers(table, profile, found)}
             else:
                 figures = {

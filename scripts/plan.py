@@ -28,6 +28,10 @@ class Metric:
 
 METRICS = {
     "test_accuracy_percent": Metric("test_accuracy", "test accuracy per token", "%", 100),
+    "val_loss_nats": Metric("val_loss", "validation loss per character", "nats", digits=3, higher_is_better=False),
+    "whole_loss_nats": Metric("test_loss", "loss of all validation text", "nats", digits=3, higher_is_better=False),
+    "steps": Metric("step", "step", digits=0),
+    "tokens_per_second": Metric("tokens_per_second", "training speed", "tokens/s", digits=0),
 }
 
 
@@ -39,6 +43,9 @@ class Table:
     settings: tuple[tuple[str, str], ...]  # (key of a run's configuration, name): the scale, stated in the caption
     chance: Callable[[dict[str, Any]], float] | None = None  # of a configuration, in the metric's unit
     panels: tuple[tuple[str, tuple[str, ...]], ...] = ()  # of the figure of curves: title, rows
+    more: tuple[tuple[str, str, str], ...] = ()  # further columns: head, metric, of "last" or "best"
+    published: str = "paper"  # whose values it is compared with ...
+    published_scale: tuple[str, ...] = ("paper",)  # ... in these profiles, whose scale they have
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,16 @@ class Cell:
     overrides: tuple[str, ...]
     order: int  # the smaller, the more wanted
     paper_overrides: tuple[str, ...] = ()  # in profile paper only
+    scaled_overrides: tuple[str, ...] = ()  # in the others only
     profiles: tuple[str, ...] = PROFILES  # that have it
 
     def config(self, profile: str) -> dict[str, Any]:
         return _compose(self.experiment, self.settings(profile))
 
     def settings(self, profile: str) -> tuple[str, ...]:
-        return (f"profile={profile}", *self.overrides, *(self.paper_overrides if profile == "paper" else ()))
+        own = self.paper_overrides if profile == "paper" else self.scaled_overrides
+        named = any(setting.startswith("profile=") for setting in own)
+        return (*(() if named else (f"profile={profile}",)), *self.overrides, *own)
 
     def paper_scale(self) -> dict[str, Any]:
         return _compose(self.experiment, ("profile=paper",))
@@ -67,12 +77,20 @@ class Cell:
         return f"{self.row}, {TABLES[self.table].column} {self.column}" if TABLES[self.table].column else self.row
 
 
-SCALE = (
+COPYING_SCALE = (
     ("data.length", "body length"),
     ("data.tokens", "tokens to copy"),
     ("train.steps", "steps"),
     ("train.batch_size", "batch"),
 )
+
+LANGUAGE_SCALE = (("data.block", "block"), ("train.steps", "steps"), ("train.batch_size", "batch"))
+LANGUAGE_COLUMNS = (
+    ("whole text (best)", "whole_loss_nats", "best"),
+    ("step of best", "steps", "best"),
+    ("tokens/s", "tokens_per_second", "last"),
+)
+LANGUAGE_MODELS = ("minGRU", "minLSTM", "Mamba", "Transformer", "GRU", "LSTM")
 
 
 def _chance(config: dict[str, Any]) -> float:
@@ -98,11 +116,39 @@ def commonest(config: dict[str, Any]) -> float:
 
 
 TABLES = {
+    "charlm": Table(
+        title="Character model",
+        caption="Tiny Shakespeare, character by character. Minimal RNNs, GRU and LSTM stand in the paper's block "
+        "(convolution of 4, RNN, MLP), the Transformer in nanoGPT's; Mamba's block has a convolution and a gate, and "
+        "no MLP. GRU and LSTM are not in the paper's comparison.",
+        column=None,
+        settings=LANGUAGE_SCALE,
+        panels=(("", LANGUAGE_MODELS),),
+        more=LANGUAGE_COLUMNS,
+    ),
+    "charlm_nanogpt": Table(
+        title="Calibration: nanoGPT's settings",
+        caption="Tiny Shakespeare at the settings for which nanoGPT's README gives a loss, and minGRU in the paper's "
+        "block for as many steps and characters.",
+        column=None,
+        settings=LANGUAGE_SCALE,
+        more=LANGUAGE_COLUMNS,
+        published="nanoGPT",
+        published_scale=("cpu", "paper"),
+    ),
+    "charlm_docs": Table(
+        title="Character model of another text",
+        caption="What Python's help() says of the language, which comes with Python: for where Tiny Shakespeare cannot "
+        "be had.",
+        column=None,
+        settings=LANGUAGE_SCALE,
+        more=LANGUAGE_COLUMNS,
+    ),
     "table1_layers": Table(
         title="Table 1: layers",
         caption="Selective copying by number of layers.",
         column="layers",
-        settings=SCALE,
+        settings=COPYING_SCALE,
         chance=_chance,
     ),
     "table2_selective_copy": Table(
@@ -110,7 +156,7 @@ TABLES = {
         caption="Selective copying by architecture (none, H3, Mamba) and layer, all run here. Minimal RNNs, GRU and "
         "LSTM have 3 layers, the others 2 as in the Mamba paper; minLSTM unnormalised is the authors' public code's.",
         column=None,
-        settings=SCALE,
+        settings=COPYING_SCALE,
         chance=_chance,
         panels=(
             ("Recurrent networks", ("minGRU", "minLSTM", "minLSTM unnormalised", "GRU", "LSTM")),
@@ -124,7 +170,7 @@ TABLES = {
         caption="On the way from the scaled task to the paper's: the paper's number of tokens in a body four times as "
         "long.",
         column=None,
-        settings=SCALE,
+        settings=COPYING_SCALE,
         chance=_chance,
         panels=(("Body of 256, 16 tokens", ("minGRU", "No gate S4")),),
     ),
@@ -152,8 +198,41 @@ def _longer(order: int, row: str, *overrides: str) -> Cell:
     return Cell("selective_copy_longer", row, "accuracy", metric, experiment, settings, order, profiles=("cpu",))
 
 
+def _language(order: int, row: str, *scaled: str, model: str | None = None) -> Cell:
+    return Cell(
+        "charlm", row, "loss", "val_loss_nats", "charlm", (f"model={model or row.lower()}",), order,
+        scaled_overrides=scaled,
+    )  # fmt: skip
+
+
+def _nanogpt(order: int, row: str, profile: str, *settings: str) -> Cell:
+    scaled, paper = (settings, ()) if profile == "cpu" else ((), settings)
+    return Cell("charlm_nanogpt", row, "loss", "val_loss_nats", "charlm", (), order, paper, scaled, (profile,))
+
+
 # In the order in which a table shows them.
 CELLS = (
+    # Scaled: depths of the paper's and nanoGPT's block, and widths that give every model the parameters of nanoGPT's
+    # small Transformer (804,096) within 1 %.
+    _language(1, "minGRU", "model.layers=3", "model.dim=136"),
+    _language(3, "minLSTM", "model.layers=3", "model.dim=128"),
+    _language(4, "Mamba", "model.layers=6", "model.dim=136"),
+    _language(2, "Transformer", "model.layers=4", "model.dim=128"),
+    _language(6, "GRU", "model.layers=3", "model.dim=132"),
+    _language(7, "LSTM", "model.layers=3", "model.dim=124"),
+    _nanogpt(2, "Transformer, 4 layers, 128 wide", "cpu", "model=transformer", "model.layers=4"),
+    _nanogpt(5, "minGRU, 3 layers, 128 wide", "cpu", "model=mingru", "model.layers=3"),
+    _nanogpt(8, "Transformer, 6 layers, 384 wide", "paper", "model=transformer", "profile=nanogpt"),
+    Cell(
+        "charlm_docs",
+        "minGRU",
+        "loss",
+        "val_loss_nats",
+        "charlm",
+        ("model=mingru", "data.text=python_docs"),
+        9,
+        profiles=("smoke",),
+    ),
     _layers(40, "minLSTM", "minlstm", 1),
     _layers(60, "minLSTM", "minlstm", 2),
     _layers(20, "minLSTM", "minlstm", 3),
@@ -193,7 +272,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        return self.cells[0].label
+        return f"{self.experiment}: {self.cells[0].label}"
 
 
 def runs(profile: str, seeds: int, cells: Iterable[Cell] = CELLS) -> list[Run]:

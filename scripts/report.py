@@ -4,10 +4,11 @@
 words follows from the numbers by fixed rules; unconfirmed values of the paper are never judged by.
 """
 
+import operator
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.plan import TABLES, commonest
+from scripts.plan import METRICS, TABLES, commonest
 from scripts.tables import (
     PAPER,
     Entry,
@@ -22,19 +23,21 @@ from scripts.tables import (
     measured_tables,
     notes,
     results_dir_argument,
+    seconds_a_step,
     write,
 )
 
 REPORTS = {"REPORT.md": ("paper", "cpu"), "REPORT_smoke.md": ("smoke",)}
 PROFILE_NAMES = {"paper": "at the paper's scale", "cpu": "scaled down (profile cpu)", "smoke": "smoke test only"}
 HIGH = 95.0  # percent: what three layers of minGRU are to exceed
+NEAR = 0.05  # nats: how near to the Transformer the minimal RNNs are to come
 FIGURES = (
     (
         "{table}{suffix}",
         "Means with standard deviations. Hollow: the paper's, where the scale is its own († unconfirmed).",
     ),
     ("{table}_accuracy{suffix}", "Mean over seeds, in a band from the least to the greatest."),
-    ("{table}_loss{suffix}", "The same runs' training loss."),
+    ("{table}_loss{suffix}", "Losses of the same runs: mean over seeds, in a band from the least to the greatest."),
 )
 
 
@@ -81,16 +84,70 @@ def copying_found(profile: str, found: list[Entry]) -> list[str]:
     return said
 
 
+def language_found(profile: str, found: list[Entry]) -> list[str]:
+    done = sorted((entry for entry in found if entry.done), key=lambda entry: entry.mean("best"))
+    transformer = next((entry for entry in done if entry.cell.row == "Transformer"), None)
+    if transformer is None or len(done) < 2:
+        return []
+    order = [f"{entry.cell.row} {entry.mean('best'):.3f}" for entry in done]
+    said = [f"From the least loss: {', '.join(order)}."]
+    level, steps = transformer.mean("best"), METRICS["steps"]
+    for entry in done:
+        if entry.cell.row in ("minGRU", "minLSTM"):
+            above = entry.mean("best") - level
+            verdict = "within" if above <= NEAR else "not within"
+            said.append(f"{entry.cell.row} - Transformer: {above:+.3f} nats, {verdict} {NEAR} of it (or better).")
+    ratios, step = [], transformer.mean("best", steps)
+    for entry in done:
+        reached = None if entry is transformer else first_step_at(entry, level)
+        if reached is not None:
+            ratios.append(f"{entry.cell.row} after {reached:,}, so it takes {step / reached:.1f} times as many")
+    said.append(
+        f"Steps to the Transformer's best loss of {level:.3f}, which it has at step {step:,.0f} (rule: the first "
+        f"evaluation whose mean over seeds is no higher): {'; '.join(ratios) or 'no other model comes so low'}. The "
+        "paper says that the Transformer takes about 2.5 times as many steps."
+    )
+    turned = [e.cell.row for e in done if all(map(operator.lt, e.values("best", steps), e.values("last", steps)))]
+    said.append(f"Best before the last step with every seed, so overfitting by then: {', '.join(turned) or 'none'}.")
+    return said + (distances(found, 0.02) if profile == "paper" else [])
+
+
+def first_step_at(entry: Entry, level: float) -> int | None:
+    curves = [{step: value for step, _, value in record["curves"]["val_loss"]} for record in entry.done]
+    steps = sorted(set.intersection(*map(set, curves)))
+    return next((step for step in steps if sum(curve[step] for curve in curves) / len(curves) <= level), None)
+
+
+def distances(found: list[Entry], most: float) -> list[str]:
+    said = []
+    for entry in found:
+        if entry.done and entry.paper:
+            verdict = "within" if abs(entry.mean("best") - entry.paper.value) <= most else "not within"
+            said.append(f"{entry.cell.row}: {entry.mean('best'):.3f}, {verdict} {most} of the published loss.")
+    return said
+
+
+def calibration_found(profile: str, found: list[Entry]) -> list[str]:
+    said = distances(found, 0.03 if profile == "cpu" else 0.02)
+    for entry in found:
+        if entry.done:
+            seconds = entry.done[0]["steps"] * seconds_a_step(entry.done)
+            said.append(f"{entry.cell.row}: {seconds:.0f} s of training, without evaluations.")
+    return said
+
+
 FINDINGS: dict[str, Callable[[str, list[Entry]], list[str]]] = {
     "table1_layers": layers_found,
     "table2_selective_copy": copying_found,
     "selective_copy_longer": copying_found,
+    "charlm": language_found,
+    "charlm_nanogpt": calibration_found,
 }
 
 
 def compared_with_paper(found: list[Entry]) -> list[str]:
     """At the paper's scale: whose interval, mean ± standard deviation (a point for one run), meets the paper's."""
-    judged = [entry for entry in found if entry.done and entry.paper and entry.paper.confirmed]
+    judged = [e for e in found if e.done and e.paper and e.paper.confirmed and e.paper.std is not None]
     meets, apart = [], []
     for entry in judged:
         gap = abs(entry.mean() - entry.paper.value) - (entry.std() or 0) - (entry.paper.std or 0)

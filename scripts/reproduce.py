@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import launch, records
+from experiments import data, launch, records
 from experiments.config import PROFILES, run_id
 from experiments.launch import UNFINISHED, compose
 from scripts import figures, report, tables
@@ -407,11 +407,32 @@ def main() -> int:
     introduce(planner, profile, arguments)
     if arguments.list:
         return 0
+    waiting = leave_without_data(planner)
     planner.go()
     tables.write_all(arguments.results_dir)
     figures.write_all(arguments.results_dir)
     report.write_all(arguments.results_dir)
-    return conclude(planner, profile, arguments)
+    code = conclude(planner, profile, arguments)
+    if waiting:
+        print(f"{len(waiting)} more wait for data, see above")
+    # The smoke profile has a run on a text that is at hand everywhere.
+    return code or (1 if waiting and profile != "smoke" else 0)
+
+
+def leave_without_data(planner: Planner) -> list[Run]:
+    """The runs whose file is nowhere and cannot be fetched: said once, and left out."""
+    needed: dict[str, list[Run]] = {}
+    for run in planner.left():
+        needed.setdefault(run.config["data"].get("text"), []).append(run)
+    waiting = []
+    for name in needed.keys() & data.FILES.keys():
+        try:
+            data.find(name)
+        except data.DataError as error:
+            print(f"{len(needed[name])} runs wait for data: {error}", flush=True)
+            waiting += needed[name]
+    planner.runs = [run for run in planner.runs if run not in waiting]
+    return waiting
 
 
 def parse() -> argparse.Namespace:

@@ -29,6 +29,8 @@ COLUMNS = (
     *("paper", "paper_confirmed", "run_ids"),
 )
 
+NOT_PAPERS = "No value in the paper's column: not in the paper."
+
 Records = dict[str, dict[str, Any]]  # by run id
 
 
@@ -53,14 +55,15 @@ class Entry:
     def metric(self) -> Metric:
         return METRICS[self.cell.metric]
 
-    def values(self, which: str) -> list[float]:
-        return [record["metrics"][which][self.metric.key] * self.metric.scale for record in self.done]
+    def values(self, which: str, metric: Metric | None = None) -> list[float]:
+        metric = metric or self.metric
+        return [(record | record["metrics"][which])[metric.key] * metric.scale for record in self.done]
 
-    def mean(self, which: str = "last") -> float | None:
-        return statistics.fmean(self.values(which)) if self.done else None
+    def mean(self, which: str = "last", metric: Metric | None = None) -> float | None:
+        return statistics.fmean(self.values(which, metric)) if self.done else None
 
-    def std(self, which: str = "last") -> float | None:
-        return statistics.stdev(self.values(which)) if len(self.done) > 1 else None
+    def std(self, which: str = "last", metric: Metric | None = None) -> float | None:
+        return statistics.stdev(self.values(which, metric)) if len(self.done) > 1 else None
 
 
 def load(results_dir: str | Path) -> Records:
@@ -107,11 +110,12 @@ def entries(table: str, profile: str, records: Records, paper: dict) -> list[Ent
 # -- what a reader sees
 
 
-def plus_minus(entry: Entry, which: str) -> str:
+def plus_minus(entry: Entry, which: str, metric: Metric | None = None) -> str:
     if not entry.done:
         return ""
-    mean, std = entry.metric.format(entry.mean(which)), entry.std(which)
-    return mean if std is None else f"{mean} ± {entry.metric.format(std)}"
+    metric = metric or entry.metric
+    mean, std = metric.format(entry.mean(which, metric)), entry.std(which, metric)
+    return mean if std is None else f"{mean} ± {metric.format(std)}"
 
 
 def published(entry: Entry) -> str:
@@ -131,43 +135,64 @@ def measured(entry: Entry) -> str:
     return f"{value} ({troubles})" if value and troubles else value or troubles
 
 
+def seconds_a_step(done: list[dict[str, Any]]) -> float:
+    """Of training a character model, without its evaluations: mean over seeds."""
+    config = done[0]["config"]
+    tokens = config["train"]["batch_size"] * config["data"]["block"]
+    return statistics.fmean(tokens / record["tokens_per_second"] for record in done)
+
+
 def parameters(entry: Entry) -> str:
     return f"{entry.done[0]['parameters']:,}" if entry.done else ""
 
 
 def grid(table: str, profile: str, found: list[Entry]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines. Ours is compared with the paper's only at the paper's scale."""
-    column = TABLES[table].column
+    """Header and lines. Ours is compared with a published value only at its scale."""
+    shown = TABLES[table]
+    column, more = shown.column, shown.more
     units = dict.fromkeys(entry.metric.unit for entry in found)
     unit = f", {next(iter(units))}" if len(units) == 1 and any(units) else ""
-    compared = profile == "paper"
-    header = ["model", *([column] if column else []), f"last{unit}", f"best{unit}", "n", "parameters", f"paper{unit}"]
+    compared = profile in shown.published_scale
+    header = ["model", *([column] if column else []), f"last{unit}", f"best{unit}", *(head for head, _, _ in more)]
+    header += ["n", "parameters"]
     lines = []
     for entry in found:
         line = [entry.cell.row, *([entry.cell.column] if column else [])]
-        line += [measured(entry), plus_minus(entry, "best"), str(len(entry.done) or ""), parameters(entry)]
-        line.append(published(entry))
+        line += [measured(entry), plus_minus(entry, "best")]
+        line += [plus_minus(entry, which, METRICS[metric]) for _, metric, which in more]
+        line += [str(len(entry.done) or ""), parameters(entry), published(entry)]
         if compared:
             known = entry.done and entry.paper
-            line.append(f"{entry.mean() - entry.paper.value:+.{entry.metric.digits}f}" if known else "")
+            line.append(f"{entry.mean(judged_by(entry)) - entry.paper.value:+.{entry.metric.digits}f}" if known else "")
         lines.append(line)
-    return header + (["ours - paper"] if compared else []), lines
+    header += [f"{shown.published}{unit}"] + ([f"ours - {shown.published}"] if compared else [])
+    if not any(entry.paper for entry in found):
+        kept = len(header) - 1 - compared
+        return header[:kept], [line[:kept] for line in lines]
+    return header, lines
+
+
+def judged_by(entry: Entry) -> str:
+    """Published losses are those of the best point, accuracies of the last."""
+    return "last" if entry.metric.higher_is_better else "best"
 
 
 def caption(table: str, profile: str, found: list[Entry]) -> str:
+    shown = TABLES[table]
+    own = profile in shown.published_scale
     records = [record for entry in found for record in (*entry.done, *entry.others)]
     labels = " and ".join(dict.fromkeys(entry.metric.label for entry in found))
     scale = ", ".join(
         f"{name} {_values(key, [record['config'] for record in records])}"
-        + ("" if profile == "paper" else f" (paper: {_values(key, [e.cell.paper_scale() for e in found])})")
-        for key, name in TABLES[table].settings
+        + ("" if own else f" (paper: {_values(key, [e.cell.paper_scale() for e in found])})")
+        for key, name in shown.settings
     )
     seeds = sorted({record["seed"] for record in records})
     text = f"{TABLES[table].caption} {labels[0].upper()}{labels[1:]}, mean ± standard deviation over n runs "
     text += f"({'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}). Last: after the last step; "
     text += "best: at the step of the best validation. "
-    if profile == "paper":
-        text += f"The paper's scale: {scale}. "
+    if own:
+        text += f"The {'paper' if shown.published == 'paper' else shown.published}'s scale: {scale}. "
     else:
         text += f"Scaled down (profile {profile}): {scale}. The paper's values are those of its own scale. "
     return text + f"Run on {'; '.join(machines(records))}."
@@ -181,15 +206,21 @@ def _values(key: str, configs: list[dict[str, Any]]) -> str:
 def machines(records: list[dict[str, Any]]) -> list[str]:
     """Each once, in order of its name."""
     hardware = [record["hardware"] for record in records if record.get("hardware")]
-    return sorted({h["gpu"] if "gpu" in h else f"{h['cpu']} ({h['cores']} cores)" for h in hardware}) or ["unknown"]
+    return sorted({h["gpu"] if "gpu" in h else f"{h['cpu']} ({_cores(h)})" for h in hardware}) or ["unknown"]
+
+
+def _cores(hardware: dict[str, Any]) -> str:
+    threads = hardware.get("threads")
+    return f"{hardware['cores']} cores" + ("" if threads is None else f", {threads} of them a run")
 
 
 def notes(found: list[Entry]) -> list[str]:
     said = []
     if any(entry.paper and not entry.paper.confirmed for entry in found):
         said.append("† unconfirmed: recalled, and found in no source that could be reached.")
-    if any(entry.paper is None for entry in found):
-        said.append("No value in the paper's column: not in the paper.")
+    if any(entry.paper is None for entry in found) and any(entry.paper for entry in found):
+        whose = TABLES[found[0].cell.table].published
+        said.append(f"No value in the column {whose}: it has none." if whose != "paper" else NOT_PAPERS)
     return said
 
 
@@ -246,12 +277,14 @@ def long(found: list[Entry]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for entry in found:
-        numbers = [entry.mean(), entry.std(), entry.mean("best"), entry.std("best")]
-        line = [entry.cell.row, entry.cell.column, entry.cell.metric, len(entry.done)]
-        line += ["" if number is None else f"{number:.10g}" for number in numbers]
-        paper = entry.paper
-        line += [f"{paper.value:g}", "yes" if paper.confirmed else "no"] if paper else ["", ""]
-        writer.writerow([*line, " ".join(record["run_id"] for record in entry.done)])
+        more = [(head, metric) for head, metric, _ in TABLES[entry.cell.table].more]
+        for column, name in ((entry.cell.column, entry.cell.metric), *more):
+            numbers = [f(which, METRICS[name]) for which in ("last", "best") for f in (entry.mean, entry.std)]
+            line = [entry.cell.row, column, name, len(entry.done)]
+            line += ["" if number is None else f"{number:.10g}" for number in numbers]
+            paper = entry.paper if name == entry.cell.metric else None
+            line += [f"{paper.value:g}", "yes" if paper.confirmed else "no"] if paper else ["", ""]
+            writer.writerow([*line, " ".join(record["run_id"] for record in entry.done)])
     return out.getvalue()
 
 

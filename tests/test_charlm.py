@@ -18,6 +18,10 @@ MODELS = sorted(
 TEXT = "".join(chr(97 + (i * i) % 23) for i in range(3000)) + "é\n"
 
 
+def run_id(cfg):
+    return config.run_id(asdict(charlm.identify(cfg)))
+
+
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
@@ -94,7 +98,7 @@ def test_the_transformer_is_nanogpts():
 def test_a_run_leaves_its_losses(tmp_path, text, model):
     cfg = resolve(tmp_path, f"model={model}", f"data.path={text}", "train.steps=200", "eval.every=100")
     assert charlm.run(cfg) == "done"
-    record = records.read_record(records.record_path(tmp_path / "results", "charlm", config.run_id(asdict(cfg))))
+    record = records.read_record(records.record_path(tmp_path / "results", "charlm", run_id(cfg)))
     last, best = record["metrics"]["last"], record["metrics"]["best"]
     assert set(last) == {"step", "val_loss", "test_loss"}
     assert best["val_loss"] == min(value for _, _, value in record["curves"]["val_loss"])
@@ -131,7 +135,7 @@ def trained(tmp_path_factory):
         overrides = (f"model={model}", f"data.path={folder / 'text.txt'}", "train.steps=150", "eval.every=50")
         cfg = resolve(folder, *overrides)
         assert charlm.run(cfg) == "done"
-        runs[model] = config.run_id(asdict(cfg))
+        runs[model] = run_id(cfg)
     return folder, runs
 
 

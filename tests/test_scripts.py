@@ -44,9 +44,9 @@ def put(results, record):
     records.write_json(records.record_path(results, record["experiment"], record["run_id"]), record)
 
 
-def find(profile, label, seeds=3):
+def find(profile, label, seeds=3, experiment="selective_copy"):
     """The runs of a label, by seed."""
-    return [run for run in plan.runs(profile, seeds) if run.label == label]
+    return [run for run in plan.runs(profile, seeds) if run.label == f"{experiment}: {label}"]
 
 
 def long(path):
@@ -72,15 +72,17 @@ def test_every_cell_composes_and_every_run_is_done_once(profile):
     filled = [cell for run in runs if run.seed == 0 for cell in run.cells]
     assert sorted(filled, key=plan.CELLS.index) == [cell for cell in plan.CELLS if profile in cell.profiles]
     for row in ("minGRU", "minLSTM"):
-        shared = next(run for run in runs if run.label == f"{row}, layers 3")
+        shared = next(run for run in runs if run.label == f"selective_copy: {row}, layers 3")
         assert {cell.table for cell in shared.cells} == {"table1_layers", "table2_selective_copy"}
 
 
 def test_the_most_wanted_come_first_and_seeds_one_after_another():
     runs = plan.runs("cpu", 2)
-    assert [run.label for run in runs[:3]] == ["minGRU, layers 3", "minLSTM, layers 3", "minGRU, layers 1"]
+    language = [run.label.split(": ") for run in runs if run.seed == 0][:7]
+    assert language[0] == ["charlm", "minGRU"] and {experiment for experiment, _ in language} == {"charlm"}
+    labels = [run.label.removeprefix("selective_copy: ") for run in runs if run.experiment == "selective_copy"]
+    assert labels[:3] == ["minGRU, layers 3", "minLSTM, layers 3", "minGRU, layers 1"]
     assert [run.seed for run in runs] == [0] * (len(runs) // 2) + [1] * (len(runs) // 2)
-    labels = [run.label for run in runs if run.seed == 0]
     assert labels.index("No gate S4") < labels.index("Mamba S6") < labels.index("GRU")
 
 
@@ -175,7 +177,7 @@ def test_only_the_papers_own_scale_is_compared_with_it(tmp_path):
         paper, cpu = ((tmp_path / f"tables/{table}{suffix}.md").read_text() for suffix in ("", "_cpu"))
         assert "ours - paper" in paper and "ours - paper" not in cpu
         assert "Scaled down" in cpu and f"body length {config['data']['length']} (paper: 4,096)" in cpu
-        assert "steps 400,000" in paper and "Some CPU (2 cores)" in paper and "seeds 0, 1" in paper
+        assert "steps 400,000" in paper and "Some CPU (2 cores, 1 of them a run)" in paper and "seeds 0, 1" in paper
     assert "meets the paper's" in report.page(tmp_path, ("paper",), tables.load(tmp_path), tables.PAPER)
     assert "meets the paper's" not in report.page(tmp_path, ("cpu",), tables.load(tmp_path), tables.PAPER)
 
@@ -228,11 +230,13 @@ def test_a_value_of_the_paper_stands_in_its_columns_only(tmp_path):
         for line in path.read_text().splitlines():
             cells = [cell.strip() for cell in re.split(r"[|&]", line.removesuffix(r"\\").strip("| "))]
             if cells[0] == "model":
-                column = next(i for i, name in enumerate(cells) if name.startswith("paper"))
+                column = next(i for i, name in enumerate(cells) if name.startswith(("paper", "nanoGPT")))
             elif str(SENTINEL) in line:
                 assert [i for i, cell in enumerate(cells) if str(SENTINEL) in cell] == [column]
                 seen += 1
-    assert seen == len(lines) * 2 * 4  # profiles; csv, md, tex and report
+    places = {(cell.table, cell.row, cell.column): {"paper", "cpu"} & set(cell.profiles) for cell in plan.CELLS}
+    shown = sum(len(places[line["table"], line["row"], line["column"]]) for line in lines)
+    assert seen == shown * 4  # csv, md, tex and report
 
 
 def test_the_report_says_what_the_numbers_say(tmp_path):
@@ -268,12 +272,12 @@ def test_without_torch_and_twice_the_same(tmp_path):
     assert "table2_selective_copy_loss.png" in call("scripts.figures")
     assert "REPORT.md" in call("scripts.report")
     assert "figures/table2_selective_copy_accuracy.png" in (tmp_path / "results/REPORT.md").read_text()
-    assert "18 of 18 runs done, 0 left" in call("scripts.reproduce", "--profile", "paper", "--list")
+    assert "25 of 25 runs done, 0 left" in call("scripts.reproduce", "--profile", "paper", "--list")
     files = sorted(path for path in (tmp_path / "results").rglob("*") if path.is_file() and "runs" not in path.parts)
     before = {path: path.read_bytes() for path in files}
     for module in (tables, figures, report):
         module.write_all(tmp_path / "results")
-    assert {path: path.read_bytes() for path in files} == before and len(files) == 2 * 3 + 3 * 2 + 1
+    assert {path: path.read_bytes() for path in files} == before and len(files) == 4 * 3 + 4 * 2 + 1
 
 
 def test_figures_of_a_single_run(tmp_path):
@@ -320,7 +324,7 @@ class World:
 
     def __init__(self, folder):
         self.folder = folder
-        self.runs = plan.runs("smoke", 1)[:8]
+        self.runs = [run for run in plan.runs("smoke", 1) if run.experiment == "selective_copy"][:8]
         records.write_json(folder / "template.json", make_record(self.runs[0], 0.5))
         (folder / "stub.py").write_text(STUB)
 

@@ -12,7 +12,10 @@ run); `test_loss`, at the end, is of all of the validation text, in blocks one a
 is no third part. Both are nats per character.
 """
 
+import dataclasses
+import hashlib
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -50,24 +53,44 @@ class Text:
 
 
 def read(cfg: CharLM, device: torch.device | str) -> Text:
-    """The text of `data.path`, or Tiny Shakespeare.
+    """The text of `data.path`, or `data.text`.
 
-    Raises DataError: no such file, not UTF-8, or too short for a block in each of its parts.
+    Raises DataError: no such file, another than data.sha256 says, not UTF-8, or too short for a block in each of its
+    parts.
     """
-    path = data.find("tinyshakespeare", cfg.progress) if cfg.data.path is None else cfg.data.path
+    if cfg.data.path is None and cfg.data.text == "python_docs":
+        return Text(data.python_docs(), device)
+    path = data.find(cfg.data.text, cfg.progress) if cfg.data.path is None else cfg.data.path
+    content = _bytes(path)
+    if cfg.data.sha256 is not None:
+        found = hashlib.sha256(content).hexdigest()
+        if found != cfg.data.sha256:
+            raise data.DataError(f"data.sha256: expected {cfg.data.sha256}, {path} has {found}: it is another text")
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        text = content.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise data.DataError(f"data.path: expected UTF-8, {path} is not ({error})") from error
-    except OSError as error:
-        raise data.DataError(f"data.path: cannot read {path} ({error.strerror})") from error
     least = 10 * (cfg.data.block + 1)  # of which a tenth validates
     if len(text) < least:
         raise data.DataError(
             f"data.path: expected at least {least} characters for data.block={cfg.data.block}, {path} has {len(text)}"
         )
     return Text(text, device)
+
+
+def identify(cfg: CharLM) -> CharLM:
+    """With the checksum of the text at data.path, which is what makes it another run: not the file's name."""
+    if cfg.data.path is None or cfg.data.sha256 is not None:
+        return cfg
+    found = hashlib.sha256(_bytes(cfg.data.path)).hexdigest()
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, sha256=found))
+
+
+def _bytes(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise data.DataError(f"data.path: cannot read {path} ({error.strerror})") from error
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -114,4 +137,4 @@ def task(cfg: CharLM, device: torch.device) -> engine.Task:
 
 
 def run(cfg: CharLM) -> str:
-    return engine.execute(cfg, task)
+    return engine.execute(identify(cfg), task)

@@ -15,12 +15,13 @@ class Attention(Mixer):
 
     Args:
         dim: D, a multiple of heads.
-        heads: of width D / heads each.
+        heads: of width D / heads each; None means heads of 64 channels, but 4 at least, as in nanoGPT's settings.
         dropout: on the attention weights, in training.
     """
 
-    def __init__(self, dim: int, heads: int = 4, dropout: float = 0.0):
+    def __init__(self, dim: int, heads: int | None = None, dropout: float = 0.0):
         super().__init__()
+        heads = max(4, dim // 64) if heads is None else heads
         if heads < 1 or dim % heads:
             raise ValueError(f"heads: expected a divisor of dim={dim}, got {heads}")
         self.dim = dim
