@@ -1,6 +1,6 @@
 """`make bench`: scans and layers on this machine, against their peers and against the machine's copy limit.
 
-    python -m benchmarks.run [cpu|cuda] [--only kernels layers precision training]
+    python -m benchmarks.run [cpu|cuda] [--only kernels layers precision training language decision]
 
 Every case, the peers' too, is first checked against the float64 loop; one of ours that is wrong stops the
 benchmark, a peer's that is wrong or fails is named so and not timed. Peers that are not installed are left out.
@@ -21,8 +21,9 @@ from minrnn.ops.cells import CELLS
 from minrnn.ops.scan import scan
 
 from . import tables
+from .decision import decision
 from .measure import copy_bandwidth, relative_error, seconds, summary
-from .training import training
+from .training import language, training
 
 KERNEL_SHAPES = {
     "cpu": [(64, 256, 768), (8, 1024, 384), (4, 4096, 384), (1, 65536, 64)],
@@ -242,7 +243,14 @@ def precision(device: str) -> list[dict]:
     return rows
 
 
-PARTS = {"precision": precision, "kernels": kernels, "layers": layers, "training": training}
+PARTS = {
+    "precision": precision,
+    "kernels": kernels,
+    "layers": layers,
+    "training": training,
+    "language": language,
+    "decision": decision,
+}
 
 
 def main() -> None:

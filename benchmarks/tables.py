@@ -117,6 +117,26 @@ def training_table(rows: list[dict]) -> str:
     return markdown(["(batch, T)", "minGRU, ms", "of it in the scan", "400k steps, hours", *peers], body)
 
 
+def language_table(rows: list[dict]) -> str:
+    peers = list(dict.fromkeys(name for row in rows for name in peers_of(row)))
+    body = [
+        [shape(row["shape"]), ms(row["minrnn"])]
+        + [f"{ms(row[n])} ({speedup(row[n], row['minrnn']):.2f} x)" if n in row else "" for n in peers]
+        for row in rows
+    ]
+    return markdown(["(batch, block)", "minGRU, ms", *peers], body)
+
+
+def decision_table(rows: list[dict]) -> str:
+    peers = list(dict.fromkeys(name for row in rows for name in peers_of(row)))
+    body = [
+        [row["kind"], shape(row["shape"]), ms(row["minrnn"])]
+        + [f"{ms(row[n])} ({speedup(row[n], row['minrnn']):.2f} x)" if n in row else "" for n in peers]
+        for row in rows
+    ]
+    return markdown(["", "(batch, context)", "minGRU, ms", *peers], body)
+
+
 def long_rows(part: str, rows: list[dict]):
     """One line a number: row, column, metric, value."""
     for row in rows:
@@ -161,8 +181,22 @@ CAPTIONS = {
     "training": "A training step of selective copying at the paper's size (3 layers, 64 wide, expansion 6, 64 "
     "sequences in two micro-batches of 32): forward, loss, backward, clipping, AdamW; ms, minimum / median; in "
     "brackets the ratio to minGRU. minGRU-pytorch: its layer in the same backbone.",
+    "decision": "A decision model (3 layers, 128 wide, three tokens a step), ms, minimum / median; in brackets the "
+    "ratio to minGRU. training: a step at Decision Transformer's batch and context. policy: one more step of 10 "
+    "episodes after so many, minGRU from its state, the Transformer reading all again. environment: one step of 10 "
+    "Hoppers on one thread, bare with random actions, and with a policy; the Transformer's context is 20.",
+    "language": "A training step of the character model at the paper's size (3 layers, 384 wide; without dropout): "
+    "forward, loss, backward, clipping, AdamW; ms, minimum / median; in brackets the ratio to minGRU. minGRU-pytorch: "
+    "its layer in the same backbone. Mamba has no MLP, so about half of the parameters.",
 }
-TABLE = {"kernels": kernel_table, "layers": layer_table, "precision": precision_table, "training": training_table}
+TABLE = {
+    "kernels": kernel_table,
+    "layers": layer_table,
+    "precision": precision_table,
+    "training": training_table,
+    "language": language_table,
+    "decision": decision_table,
+}
 
 
 def main(folder: Path = RESULTS) -> None:

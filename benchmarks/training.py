@@ -1,11 +1,13 @@
-"""A training step of selective copying at the paper's width and depth: ours, and a peer's layer in the same backbone.
+"""A training step at the paper's width and depth: ours, a peer's layer in the same backbone, and other models.
 
-Forward, loss, backward of two micro-batches of 32, clipping and AdamW; random tokens of the task's shape.
+Forward, loss, backward, clipping and AdamW, on random tokens of the shape of the task. Selective copying in two
+micro-batches of 32; the character model at blocks from the paper's up.
 """
 
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +22,18 @@ from .measure import relative_error, seconds, summary
 BATCH, MICRO_BATCHES, MARKERS, VOCAB = 64, 2, 16, 16
 DIM, LAYERS, EXPANSION = 64, 3, 6
 LENGTHS = (512, 4096)  # of the body
+CHARACTERS, LANGUAGE_DIM = 65, 384
+LANGUAGE_SHAPES = {"cpu": [(12, 256), (4, 1024), (2, 2048), (1, 4096)], "cuda": [(64, 256), (16, 1024), (4, 4096)]}
 
 
 class Peer(Mixer):
     """minGRU-pytorch's layer (log-space scan) where ours stands."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, expansion: float = EXPANSION):
         super().__init__()
         from minGRU_pytorch import minGRU
 
-        self.rnn = minGRU(dim, expansion_factor=EXPANSION)
+        self.rnn = minGRU(dim, expansion_factor=expansion)
 
     def forward(self, x: torch.Tensor, state=None):
         return self.rnn(x), None
@@ -39,14 +43,22 @@ def model(mixer: Callable[[int], Mixer], device: str) -> TokenModel:
     return TokenModel(VOCAB, VOCAB, DIM, LAYERS, mixer).to(device)
 
 
-def training_step(net: TokenModel, T: int, device: str) -> Callable[[], torch.Tensor]:
+def copying_step(net: TokenModel, T: int, device: str) -> Callable[[], torch.Tensor]:
+    inputs, targets = (torch.randint(VOCAB, (BATCH, n), device=device) for n in (T, MARKERS))
+    return training_step(net, inputs, targets, MICRO_BATCHES)
+
+
+def training_step(
+    net: TokenModel, inputs: torch.Tensor, targets: torch.Tensor, micro_batches: int = 1
+) -> Callable[[], torch.Tensor]:
+    """Of ids (B, T) and as many classes, or those of the last steps."""
     optimizer = torch.optim.AdamW(parameter_groups(net, 3e-4, 0.05), fused=True)
-    inputs = torch.randint(VOCAB, (BATCH, T), device=device).chunk(MICRO_BATCHES)
-    targets = torch.randint(VOCAB, (BATCH, MARKERS), device=device).chunk(MICRO_BATCHES)
+    last = None if targets.shape == inputs.shape else targets.shape[1]
+    parts = [*zip(inputs.chunk(micro_batches), targets.chunk(micro_batches), strict=True)]
 
     def step() -> torch.Tensor:
-        for x, y in zip(inputs, targets, strict=True):
-            loss = F.cross_entropy(net(x, last=MARKERS)[0].flatten(0, 1), y.flatten()) / MICRO_BATCHES
+        for x, y in parts:
+            loss = F.cross_entropy(net(x, last=last)[0].flatten(0, 1), y.flatten()) / micro_batches
             loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
@@ -90,17 +102,52 @@ def training(device: str) -> list[dict]:
         T = length + MARKERS
         runs = (3, 5) if device == "cpu" and length > 1000 else (7, 20)
         row = {"shape": (BATCH, T), "micro_batches": MICRO_BATCHES, "dtype": "float32"}
-        ours = training_step(model(make("mingru", expansion=EXPANSION), device), T, device)
+        ours = copying_step(model(make("mingru", expansion=EXPANSION), device), T, device)
         row["minrnn"] = summary(seconds(ours, device, runs=runs))
         row["scans"] = summary(seconds(scans(T, device), device, runs=runs))
         row["minrnn, minLSTM"] = summary(
-            seconds(training_step(model(make("minlstm", expansion=EXPANSION), device), T, device), device, runs=runs)
+            seconds(copying_step(model(make("minlstm", expansion=EXPANSION), device), T, device), device, runs=runs)
         )
         if importlib.util.find_spec("minGRU_pytorch"):
-            peer = training_step(model(Peer, device), T, device)
+            peer = copying_step(model(Peer, device), T, device)
             if not math.isfinite(peer().item()):
                 raise SystemExit("training: minGRU-pytorch's loss is not finite; not measured")
             row["minGRU-pytorch"] = summary(seconds(peer, device, runs=(3, 5) if length > 1000 else (5, 7)))
+        rows.append(row)
+        shown = {name: f"{t['min_ms']:.0f} / {t['median_ms']:.0f} ms" for name, t in row.items() if type(t) is dict}
+        print(f"{tuple(row['shape'])}: {shown}", flush=True)
+    return rows
+
+
+def language_models(block: int) -> dict[str, Callable[[], TokenModel]]:
+    """The paper's models: 3 layers, 384 wide, minRNNs in its block, nanoGPT's with 6 heads; without dropout."""
+    build = partial(TokenModel, CHARACTERS, CHARACTERS, LANGUAGE_DIM, 3)
+    block_of_paper = {"conv": 4, "mlp": 4}
+    models = {
+        "minrnn": lambda: build(make("mingru", expansion=2), **block_of_paper),
+        "minLSTM": lambda: build(make("minlstm", expansion=2), **block_of_paper),
+        "Mamba": lambda: build(make("ssm", inner="s6", wrapping="mamba")),
+        "Transformer": lambda: build(
+            make("attention"), mlp=4, norm="layer", positions=block, tied=True, init="gpt2"
+        ),
+    }  # fmt: skip
+    if importlib.util.find_spec("minGRU_pytorch"):
+        models["minGRU-pytorch"] = lambda: build(partial(Peer, expansion=2), **block_of_paper)
+    return models
+
+
+def language(device: str) -> list[dict]:
+    keep_freed_memory()
+    check(device)
+    rows = []
+    for batch, block in LANGUAGE_SHAPES[device]:
+        row = {"shape": (batch, block), "dtype": "float32"}
+        inputs, targets = (torch.randint(CHARACTERS, (batch, block), device=device) for _ in range(2))
+        for name, build in language_models(block).items():
+            step = training_step(build().to(device), inputs, targets)
+            if not math.isfinite(step().item()):
+                raise SystemExit(f"language: the loss of {name} is not finite; not measured")
+            row[name] = summary(seconds(step, device, at_least=5.0, runs=(5, 20)))
         rows.append(row)
         shown = {name: f"{t['min_ms']:.0f} / {t['median_ms']:.0f} ms" for name, t in row.items() if type(t) is dict}
         print(f"{tuple(row['shape'])}: {shown}", flush=True)

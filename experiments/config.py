@@ -33,7 +33,7 @@ class Model:
     norm: str = "rms"  # or layer
     init: str = "torch"  # or gpt2
     tied: bool = False  # head and embedding
-    positions: bool = False  # learned, for as many as the experiment's sequences have
+    positions: bool = False  # learned, for as many as the experiment's sequences have; decision models have times
 
     def __post_init__(self):
         positive(self, "model", "dim", "layers")
@@ -54,6 +54,14 @@ class Model:
         """What `minrnn.models.TokenModel` takes beside the vocabularies and the mixer."""
         settings = {key: getattr(self, key) for key in MODEL_KEYS if key != "name"}
         return settings | {"positions": length if self.positions else None}
+
+    def decision(self) -> dict[str, Any]:
+        """What `minrnn.models.DecisionModel` takes beside sizes, tokens and the mixer."""
+        if self.positions or self.tied:
+            raise ValueError(
+                "model.positions, model.tied: expected false, a decision model has times and no vocabulary"
+            )
+        return {key: value for key, value in self.backbone(0).items() if key not in ("positions", "tied")}
 
 
 MODEL_KEYS = tuple(f.name for f in fields(Model))
@@ -111,7 +119,17 @@ class SSM(Model):
         return super().mixer(length) | ({"max_len": length} if self.inner == "hyena" else {})
 
 
-MODELS = {"mingru": MinGRU, "minlstm": MinLSTM, "gru": RNN, "lstm": RNN, "attention": Attention, "ssm": SSM}
+@dataclass
+class Aaren(Model):
+    """Attention with a learned query, as a recurrence."""
+
+    name: str = "aaren"
+    heads: int | None = None  # as for attention
+
+
+MODELS = {
+    "mingru": MinGRU, "minlstm": MinLSTM, "gru": RNN, "lstm": RNN, "attention": Attention, "aaren": Aaren, "ssm": SSM,
+}  # fmt: skip
 
 
 @dataclass
@@ -226,7 +244,42 @@ class CharLM(Run):
     data: CharLMData = field(default_factory=CharLMData)
 
 
-EXPERIMENTS = {"selective_copy": SelectiveCopy, "charlm": CharLM}
+@dataclass
+class DecisionData:
+    dataset: str = "local/hopper-medium"  # or d4rl/..., D4RL's own file
+    context: int = 20  # steps of a training window
+    tokens: int = 3  # of a step: return, state, action, one after another; or 1, their sum
+    padding: str = "right"  # which no model sees; or left, which runs through a recurrence, as in the published code
+
+    def __post_init__(self):
+        positive(self, "data", "context")
+        one_of(self, "data", "tokens", (1, 3))
+        one_of(self, "data", "padding", ("right", "left"))
+
+
+@dataclass
+class DecisionEval(Eval):
+    """`batches` of `batch_size` episodes for each target."""
+
+    every: int = 10_000
+    batches: int = 1
+    batch_size: int = 100
+    context: int | None = 20  # steps that the policy looks back; None: all, in a recurrent state
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.context is not None:
+            positive(self, "eval", "context")
+
+
+@dataclass
+class Decision(Run):
+    experiment: str = "decision"
+    data: DecisionData = field(default_factory=DecisionData)
+    eval: DecisionEval = field(default_factory=DecisionEval)
+
+
+EXPERIMENTS = {"selective_copy": SelectiveCopy, "charlm": CharLM, "decision": Decision}
 
 
 def register() -> None:

@@ -7,6 +7,7 @@ with the numbers of one that was not (bit for bit on a CPU with the same number 
 import contextlib
 import copy
 import dataclasses
+import gc
 import math
 import os
 import signal
@@ -42,6 +43,7 @@ class Task:
         evaluate: of the model and "val" or "test"; finite numbers by name.
         tokens: of one step.
         select: the number of "val" by which the best step is chosen, the larger the better with `maximize`.
+        facts: what else the record is to say, of the data for instance.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class Task:
     tokens: int
     select: str = "accuracy"
     maximize: bool = True
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Diverged(Exception):
@@ -91,13 +94,17 @@ def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world
         "config": dataclasses.asdict(cfg),
         "seed": cfg.seed,
         "git": machine.commit("minrnn", "experiments", "configs"),
-        "versions": machine.versions("numpy", "triton", "numba", "mamba-ssm", "mujoco"),
+        "versions": machine.versions("numpy", "triton", "numba", "mamba-ssm", "gymnasium", "mujoco"),
         "hardware": machine.hardware(device.type) | {"processes": world},
         "started": time.time(),
     }
     folder = records.work_dir(cfg.output_dir, cfg.experiment, name)
     try:
-        state = _train(cfg, name, folder, device, rank, world, build)
+        machine.keep_freed_memory()
+        torch.manual_seed(noise_seed(cfg.seed, 0))
+        task = build(cfg, device)
+        record |= {"facts": task.facts} if task.facts else {}
+        state = _train(cfg, task, name, folder, device, rank, world)
         outcome = {"status": "done", "reason": None, "metrics": {"last": state.last, "best": state.best}}
     except Paused as stop:
         text, outcome = stop.args
@@ -148,10 +155,7 @@ class _State:
             self.curves.setdefault(key, []).append([self.step, round(self.seconds, 2), value])
 
 
-def _train(cfg: Run, name: str, folder: Path, device: torch.device, rank: int, world: int, build) -> _State:
-    machine.keep_freed_memory()
-    torch.manual_seed(noise_seed(cfg.seed, 0))
-    task = build(cfg, device)
+def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, rank: int, world: int) -> _State:
     raw, train, steps = task.model, cfg.train, cfg.train.steps
     optimizer = torch.optim.AdamW(
         parameter_groups(raw, train.lr, train.weight_decay, only_matrices=train.decay == "matrices"),
@@ -323,6 +327,9 @@ def _processes(cfg: Run, device: torch.device, world: int) -> Iterator[None]:
     try:
         yield
     finally:
+        # What still refers to the group, such as DistributedDataParallel in a cycle, would else be freed after the
+        # interpreter, where gloo's threads abort the process.
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -404,5 +411,7 @@ def _say(rank: int, text: str) -> None:
 def _summary(record: dict[str, Any]) -> str:
     if record["status"] != "done":
         return f"{record['status']}, {record['reason']}"
-    last = ", ".join(f"{k} {v:.4f}" for k, v in record["metrics"]["last"].items() if k.startswith("test_"))
+    last = ", ".join(
+        f"{k} {v:.4f}" for k, v in record["metrics"]["last"].items() if k.startswith("test_") and "_at_" not in k
+    )
     return f"done in {record['seconds']:.0f} s, {last}"

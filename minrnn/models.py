@@ -110,6 +110,16 @@ class Backbone(nn.Module):
         return tuple((s, conv.initial_state(batch_size)) for s, conv in zip(states, self.convs, strict=True))
 
 
+def init_as_gpt2(model: nn.Module, layers: int) -> None:
+    """Linears and embeddings from N(0, 0.02), less for those that add to the residual stream of `model.backbone`."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) and ".inner." not in name:  # S6 has an order of its own
+            adds = name.endswith((".out", ".out_proj")) or (".mlps." in name and name.endswith(".3"))
+            nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * layers) if adds else 0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+
 class TokenModel(nn.Module):
     """Embedding, backbone, and a linear head without a bias: token ids in, logits out.
 
@@ -149,17 +159,9 @@ class TokenModel(nn.Module):
         self.head = nn.Linear(dim, vocab_out, bias=False)
         self.positions = nn.Embedding(positions, dim) if positions else None
         if init == "gpt2":
-            self._init_as_gpt2(layers)
+            init_as_gpt2(self, layers)
         if tied:
             self.head.weight = self.embedding.weight
-
-    def _init_as_gpt2(self, layers: int) -> None:
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)) and ".inner." not in name:  # S6 has an order of its own
-                adds = name.endswith((".out", ".out_proj")) or (".mlps." in name and name.endswith(".3"))
-                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * layers) if adds else 0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
 
     def forward(
         self, tokens: Tensor, state: State | None = None, last: int | None = None
@@ -201,6 +203,104 @@ class TokenModel(nn.Module):
 
     def _join(self, state: tuple[State, ...], inner: State) -> State:
         return inner if self.positions is None else (state[0], inner)
+
+
+class DecisionModel(nn.Module):
+    """The next action from the return that is wanted and what was seen and done so far.
+
+    Decision Transformer's embeddings and head (arXiv 2106.01345, section 3; github.com/kzl/decision-transformer, gym/
+    decision_transformer/models/decision_transformer.py) around any backbone: a Linear each for return, state and
+    action, plus a learned embedding of the time in the episode, then LayerNorm; a Linear and tanh for the action.
+
+    Args:
+        state_size, action_size: S and A.
+        dim, layers, mixer, settings: see `Backbone`.
+        steps: of an episode, at most; each has a time embedding.
+        tokens: of a step: 3, return, state and action one after another as published, the action being read after the
+            state; or 1, the sum of the embeddings of return, state and the action before.
+        init: as for `TokenModel`.
+    """
+
+    def __init__(
+        self,
+        state_size: int,
+        action_size: int,
+        dim: int,
+        layers: int,
+        mixer: Callable[[int], Mixer],
+        steps: int = 1000,
+        tokens: int = 3,
+        init: str = "torch",
+        **settings: Any,
+    ):
+        super().__init__()
+        if tokens not in (1, 3):
+            raise ValueError(f"tokens: expected 1 or 3, got {tokens}")
+        if init not in ("torch", "gpt2"):
+            raise ValueError(f"init: expected 'torch' or 'gpt2', got {init!r}")
+        self.tokens = tokens
+        self.embed_return = nn.Linear(1, dim)
+        self.embed_state = nn.Linear(state_size, dim)
+        self.embed_action = nn.Linear(action_size, dim)
+        self.embed_time = nn.Embedding(steps, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.backbone = Backbone(dim, layers, mixer, **settings)
+        self.head = nn.Linear(dim, action_size)
+        if init == "gpt2":
+            init_as_gpt2(self, layers)
+
+    def forward(self, returns: Tensor, states: Tensor, actions: Tensor, times: Tensor) -> Tensor:
+        """Actions (B, K, A) for K steps in a row, each from those before it.
+
+        Args:
+            returns: (B, K, 1), still wanted at each step.
+            states: (B, K, S).
+            actions: (B, K, A), what was done; the one of the last step is not looked at.
+            times: (B, K) int64, of each step in its episode.
+        """
+        time = self.embed_time(times)
+        wanted, seen = self.embed_return(returns), self.embed_state(states)
+        if self.tokens == 1:
+            before = F.pad(actions[:, :-1], (0, 0, 1, 0))
+            return self._act(self.backbone(self._norm(wanted + seen + self.embed_action(before) + time))[0])
+        parts = (wanted + time, seen + time, self.embed_action(actions) + time)
+        x = self.backbone(self._norm(torch.stack(parts, 2).flatten(1, 2)))[0]
+        return self._act(x[:, 1::3])
+
+    def step(
+        self, wanted: Tensor, seen: Tensor, before: Tensor | None, time: int, state: State
+    ) -> tuple[Tensor, State]:
+        """The action (B, A) of one step, and the state after what was read.
+
+        Args:
+            wanted: (B, 1), the return.
+            seen: (B, S), the environment's state.
+            before: (B, A), what was done one step earlier; None at the first step read.
+            time: of this step, the same in all episodes.
+            state: of `initial_state` or the step before.
+        """
+        times = self.embed_time.weight
+        wanted, seen = self.embed_return(wanted), self.embed_state(seen)
+        if self.tokens == 1:
+            done = self.embed_action(
+                torch.zeros_like(seen[:, : self.embed_action.in_features]) if before is None else before
+            )
+            x, state = self.backbone.step(self._norm(wanted + seen + done + times[time]), state)
+            return self._act(x), state
+        if before is not None:
+            _, state = self.backbone.step(self._norm(self.embed_action(before) + times[time - 1]), state)
+        _, state = self.backbone.step(self._norm(wanted + times[time]), state)
+        x, state = self.backbone.step(self._norm(seen + times[time]), state)
+        return self._act(x), state
+
+    def initial_state(self, batch_size: int) -> State:
+        return self.backbone.initial_state(batch_size)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return self.backbone.dropout(self.norm(x))
+
+    def _act(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.head(x))
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, only_matrices: bool = False) -> list[dict]:

@@ -28,6 +28,12 @@ def panels() -> dict[str, list]:
             wr.BarPlot(title="Test accuracy, last", metrics=["last/test_accuracy"], **GROUPED),
             wr.BarPlot(title="Test accuracy, best", metrics=["best/test_accuracy"], **GROUPED),
         ],
+        "Character model": [
+            line("Validation loss, random blocks", "val_loss"),
+            line("Validation loss by wall time", "val_loss", x="Relative Time (Process)"),
+            wr.BarPlot(title="Loss of all validation text, last", metrics=["last/test_loss"], **GROUPED),
+            wr.BarPlot(title="Loss of all validation text, best", metrics=["best/test_loss"], **GROUPED),
+        ],
         "Training": [line("Learning rate", "lr"), wr.RunComparer(diff_only="split")],
     }
 

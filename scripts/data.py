@@ -3,20 +3,21 @@
 import argparse
 import sys
 
-from experiments.data import FILES, DataError, find
+from experiments.data import D4RL, FILES, DataError, find
 
 
 def main() -> int:
+    files = FILES | D4RL
     parser = argparse.ArgumentParser(prog="python -m scripts.data", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(FILES)} (all)")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(files)} ({', '.join(FILES)})")
     names = parser.parse_args().names or list(FILES)
-    unknown = sorted(set(names) - set(FILES))
+    unknown = sorted(set(names) - set(files))
     if unknown:
-        parser.error(f"{', '.join(unknown)}: no such file; there are {', '.join(FILES)}")
+        parser.error(f"{', '.join(unknown)}: no such file; there are {', '.join(files)}")
     missing = 0
     for name in names:
         try:
-            print(f"{name}: {find(name)} ({FILES[name].about})")
+            print(f"{name}: {find(name)} ({files[name].about})")
         except DataError as error:
             print(f"error: {error}", file=sys.stderr)
             missing += 1

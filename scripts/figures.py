@@ -6,10 +6,10 @@ byte, under one version of matplotlib.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
@@ -40,18 +40,30 @@ SETTINGS = {
 MARKERS = 8  # of a curve
 
 
-def curves(found: list[Entry], panels: Iterable[tuple[str, tuple[str, ...]]], curve: str, scale: float = 1) -> Figure:
+Panel = tuple[str, dict[str, list[dict]]]  # title, and by model its records
+
+
+def panels_of(table: str, found: list[Entry]) -> list[Panel]:
+    """Those that have any record: as the plan divides a table's rows, or one for each column of a wide table."""
+    if TABLES[table].wide:
+        columns = dict.fromkeys(entry.cell.column for entry in found)
+        panels = [(c, {e.cell.row: e.done for e in found if e.cell.column == c}) for c in columns]
+    else:
+        rows = {entry.cell.row: entry.done for entry in found}
+        panels = [(title, {name: rows.get(name, []) for name in names}) for title, names in TABLES[table].panels]
+    return [(title, models) for title, models in panels if any(models.values())]
+
+
+def curves(panels: list[Panel], curve: str, scale: float = 1) -> Figure:
     """A curve of the records against steps: the mean over seeds, in a band from the least to the greatest."""
-    rows = {entry.cell.row: entry for entry in found if entry.done}
-    panels = [(title, names) for title, names in panels if rows.keys() & set(names)]
     across = min(2, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(3.5 * across, 2.7 * down), layout="constrained")
     axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
-    for ax, (title, names) in zip(axes, panels, strict=False):
-        for i, name in enumerate(names):
-            if name in rows:
-                _band(ax, [record["curves"][curve] for record in rows[name].done], scale, i, len(names), name)
+    for ax, (title, models) in zip(axes, panels, strict=False):
+        for i, (name, done) in enumerate(models.items()):
+            if done:
+                _band(ax, [record["curves"][curve] for record in done], scale, i, len(models), name)
         _head(ax, title)
         ax.margins(x=0.02)
         ax.xaxis.set_major_locator(MaxNLocator(5))
@@ -86,7 +98,7 @@ def _band(ax: Axes, seeds: list[list[list[float]]], scale: float, i: int, of: in
 
 
 def accuracy_against_steps(table: str, found: list[Entry]) -> Figure:
-    figure = curves(found, TABLES[table].panels, "val_accuracy", 100)
+    figure = curves(panels_of(table, found), "val_accuracy", 100)
     for ax in figure.axes:
         ax.set(ylim=(0, 103))
         _chance(ax, table, found)
@@ -96,7 +108,7 @@ def accuracy_against_steps(table: str, found: list[Entry]) -> Figure:
 
 
 def loss_against_steps(table: str, found: list[Entry]) -> Figure:
-    figure = curves(found, TABLES[table].panels, "train_loss")
+    figure = curves(panels_of(table, found), "train_loss")
     for ax in figure.axes:
         ax.set_ylim(bottom=0)
     figure.supxlabel("training steps", fontsize=8)
@@ -108,15 +120,12 @@ def loss_against_steps_and_time(table: str, found: list[Entry]) -> Figure:
     """Validation loss; the time is that of training alone, at each model's mean speed, without its evaluations."""
     figure = Figure(figsize=(7.0, 3.1), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    names = [name for _, rows in TABLES[table].panels for name in rows]
-    rows = {entry.cell.row: entry.done for entry in found if entry.done}
-    lowest = min(value for done in rows.values() for record in done for _, _, value in record["curves"]["val_loss"])
-    for i, name in enumerate(names):
-        if name not in rows:
-            continue
-        for ax, unit in zip(axes, (1, seconds_a_step(rows[name]) / 60), strict=True):
-            curves = [record["curves"]["val_loss"] for record in rows[name]]
-            _band(ax, curves, 1, i, len(names), name, unit)
+    ((_, models),) = panels_of(table, found)
+    lowest = min(value for done in models.values() for record in done for _, _, value in record["curves"]["val_loss"])
+    for i, (name, done) in enumerate(models.items()):
+        if done:
+            for ax, unit in zip(axes, (1, seconds_a_step(done) / 60), strict=True):
+                _band(ax, [record["curves"]["val_loss"] for record in done], 1, i, len(models), name, unit)
     # From above a model that knows how often each character follows another (2.48 nats) on.
     axes[0].set_ylim(lowest - 0.05, max(2.55, lowest + 0.3))
     axes[0].set(xlabel="training steps", ylabel="validation loss, nats per character")
@@ -126,6 +135,68 @@ def loss_against_steps_and_time(table: str, found: list[Entry]) -> Figure:
     for ax in axes:
         ax.margins(x=0.02)
     return figure
+
+
+def score_against_steps(table: str, found: list[Entry]) -> Figure:
+    figure = curves(panels_of(table, found), "val_score")
+    for ax in figure.axes:
+        ax.set_ylim(bottom=0)
+    figure.supxlabel("training steps", fontsize=8)
+    figure.supylabel("score of an evaluation, % of an expert", fontsize=8)
+    return figure
+
+
+def score_against_target(table: str, found: list[Entry]) -> Figure:
+    """What was got where so much was asked for, after the last step; the diagonal is who does as told."""
+
+    def asked_and_got(record: dict) -> list[list[float]]:
+        got = {key: value for key, value in record["metrics"]["last"].items() if key.startswith("test_score_at_")}
+        return sorted([float(key.rpartition("_")[2]), 0.0, value] for key, value in got.items())
+
+    panels = panels_of(table, found)
+    drawn = [(t, {n: [{"curves": {"": asked_and_got(r)}} for r in d] for n, d in m.items()}) for t, m in panels]
+    figure = curves(drawn, "")
+    for ax in figure.axes:
+        ax.plot((0, 100), (0, 100), color="#888888", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
+        ax.set_ylim(bottom=0)
+    figure.supxlabel("score asked for, % of an expert", fontsize=8)
+    figure.supylabel("score got", fontsize=8)
+    return figure
+
+
+def interquartile(table: str, found: list[Entry]) -> Figure:
+    """Interquartile mean of all datasets and seeds, with 95 % of a bootstrap that draws seeds anew in each dataset.
+
+    (Agarwal et al., arXiv 2108.13264, section 4.)
+    """
+    figure = Figure(figsize=(4.2, 2.6), layout="constrained")
+    ax = figure.subplots()
+    panels = panels_of(table, found)
+    names = [name for name in dict.fromkeys(entry.cell.row for entry in found) if any(m[name] for _, m in panels)]
+    for i, name in enumerate(names):
+        scores = [[record["metrics"]["last"]["test_score"] for record in models[name]] for _, models in panels]
+        middle, low, high = interquartile_mean([seeds for seeds in scores if seeds])
+        style = {key: STYLES[i % len(STYLES)][key] for key in ("color", "marker")}
+        ax.errorbar([middle], [i], xerr=[[middle - low], [high - middle]], capsize=3, elinewidth=1, **style)
+    ax.set_yticks(range(len(names)), names)
+    ax.set(ylim=(len(names) - 0.5, -0.5), xlabel="interquartile mean of scores, % of an expert")
+    return figure
+
+
+def interquartile_mean(scores: list[list[float]], draws: int = 2000) -> tuple[float, float, float]:
+    """Of scores by dataset and seed: the mean of their middle half, and the 2.5 and 97.5 % points of its bootstrap."""
+
+    def middle(values: np.ndarray) -> np.ndarray:
+        """Along the last dimension; values at the quarters' edges count in part."""
+        n = values.shape[-1]
+        place = np.arange(n)
+        weights = np.clip(np.minimum(place + 1, 0.75 * n) - np.maximum(place, 0.25 * n), 0, None)
+        return (np.sort(values, -1) * weights).sum(-1) / weights.sum()
+
+    generator = np.random.default_rng(0)
+    drawn = np.concatenate([generator.choice(seeds, (draws, len(seeds))) for seeds in scores], -1)
+    low, high = np.quantile(middle(drawn), (0.025, 0.975))
+    return float(middle(np.concatenate(scores))), float(low), float(high)
 
 
 def _chance(ax: Axes, table: str, found: list[Entry]) -> None:
@@ -189,7 +260,13 @@ def write_all(results_dir: str | Path) -> list[Path]:
             suffix = "" if profile == "paper" else f"_{profile}"
             if not TABLES[table].panels and TABLES[table].column is None:
                 continue
-            if found[0].metric.key == "val_loss":
+            if found[0].metric.key == "test_score":
+                figures = {
+                    f"{table}_steps{suffix}": score_against_steps(table, found),
+                    f"{table}_target{suffix}": score_against_target(table, found),
+                    f"{table}_interquartile{suffix}": interquartile(table, found),
+                }
+            elif found[0].metric.key == "val_loss":
                 figures = {f"{table}_loss{suffix}": loss_against_steps_and_time(table, found)}
             elif TABLES[table].column == "layers":
                 figures = {file_name(table, profile): layers(table, profile, found)}

@@ -30,6 +30,8 @@ METRICS = {
     "test_accuracy_percent": Metric("test_accuracy", "test accuracy per token", "%", 100),
     "val_loss_nats": Metric("val_loss", "validation loss per character", "nats", digits=3, higher_is_better=False),
     "whole_loss_nats": Metric("test_loss", "loss of all validation text", "nats", digits=3, higher_is_better=False),
+    "score": Metric("test_score", "score (percent of an expert, D4RL's normalisation)"),
+    "best_evaluation": Metric("val_score", "score of the best evaluation in training"),
     "steps": Metric("step", "step", digits=0),
     "tokens_per_second": Metric("tokens_per_second", "training speed", "tokens/s", digits=0),
 }
@@ -46,6 +48,7 @@ class Table:
     more: tuple[tuple[str, str, str], ...] = ()  # further columns: head, metric, of "last" or "best"
     published: str = "paper"  # whose values it is compared with ...
     published_scale: tuple[str, ...] = ("paper",)  # ... in these profiles, whose scale they have
+    wide: bool = False  # a reader's table has its rows side by side
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ LANGUAGE_COLUMNS = (
     ("step of best", "steps", "best"),
     ("tokens/s", "tokens_per_second", "last"),
 )
+DECISION_SCALE = (("model.dim", "width"), ("train.steps", "steps"), ("eval.batch_size", "episodes an evaluation"))
+DECISION_COLUMNS = (("best evaluation", "best_evaluation", "best"),)
 LANGUAGE_MODELS = ("minGRU", "minLSTM", "Mamba", "Transformer", "GRU", "LSTM")
 
 
@@ -143,6 +148,25 @@ TABLES = {
         column=None,
         settings=LANGUAGE_SCALE,
         more=LANGUAGE_COLUMNS,
+    ),
+    "decision_local": Table(
+        title="Decision RNNs on local data",
+        caption="Policies learned from datasets that this project made (`scripts.collect`), in D4RL's schema and at "
+        "its levels: scores are not to be compared with those on D4RL's own. Recurrent models carry their state "
+        "through the episode, DT looks back 20 steps.",
+        column="dataset",
+        settings=DECISION_SCALE,
+        more=DECISION_COLUMNS,
+        wide=True,
+    ),
+    "table3_d4rl": Table(
+        title="Table 3: D4RL",
+        caption="Policies learned from D4RL's own datasets. Recurrent models carry their state through the episode, DT "
+        "looks back 20 steps.",
+        column="dataset",
+        settings=DECISION_SCALE,
+        more=DECISION_COLUMNS,
+        wide=True,
     ),
     "table1_layers": Table(
         title="Table 1: layers",
@@ -198,6 +222,25 @@ def _longer(order: int, row: str, *overrides: str) -> Cell:
     return Cell("selective_copy_longer", row, "accuracy", metric, experiment, settings, order, profiles=("cpu",))
 
 
+DECISION_MODELS = {
+    "DT": "transformer", "DS4": "s4", "DAaren": "aaren", "DMamba": "mamba", "minLSTM": "minlstm", "minGRU": "mingru",
+}  # fmt: skip
+DATASETS = tuple(
+    f"{env}-{level}"
+    for level in ("medium", "medium-replay", "medium-expert")
+    for env in ("halfcheetah", "hopper", "walker2d")
+)
+
+
+def _decision(table: str, source: str, model: str, dataset: str, order: int, profiles: tuple[str, ...]) -> Cell:
+    # Decision Mamba's widths and rates, which the paper took (its appendix C).
+    paper = ("model.dim=256",) if dataset in ("hopper-medium", "hopper-medium-replay") else ()
+    paper += ("train.lr=1e-4",) if paper or dataset == "walker2d-medium" else ()
+    settings = (f"model={DECISION_MODELS[model]}", f"data.dataset={source}/{dataset}")
+    settings += () if model == "DT" else ("eval.context=null",)
+    return Cell(table, model, dataset, "score", "decision", settings, order, paper, profiles=profiles)
+
+
 def _language(order: int, row: str, *scaled: str, model: str | None = None) -> Cell:
     return Cell(
         "charlm", row, "loss", "val_loss_nats", "charlm", (f"model={model or row.lower()}",), order,
@@ -233,6 +276,18 @@ CELLS = (
         9,
         profiles=("smoke",),
     ),
+    *(
+        _decision("decision_local", "local", model, dataset, 300 + 10 * i + j, ("cpu", "paper"))
+        for i, dataset in enumerate(DATASETS)
+        for j, model in enumerate(("minGRU", "DT", "minLSTM", "DMamba", "DAaren", "DS4"))
+        if dataset.startswith("hopper")
+    ),
+    *(
+        _decision("table3_d4rl", "d4rl", model, dataset, 400 + 10 * i, ("paper",))
+        for i, dataset in enumerate(DATASETS)
+        for model in DECISION_MODELS
+    ),
+    Cell("decision_local", "minGRU", "hopper-random", "score", "decision", ("model=mingru",), 300, profiles=("smoke",)),
     _layers(40, "minLSTM", "minlstm", 1),
     _layers(60, "minLSTM", "minlstm", 2),
     _layers(20, "minLSTM", "minlstm", 3),

@@ -407,6 +407,7 @@ def main() -> int:
     introduce(planner, profile, arguments)
     if arguments.list:
         return 0
+    collect(planner)
     waiting = leave_without_data(planner)
     planner.go()
     tables.write_all(arguments.results_dir)
@@ -419,18 +420,43 @@ def main() -> int:
     return code or (1 if waiting and profile != "smoke" else 0)
 
 
+def needed(planner: Planner) -> dict[str, list[Run]]:
+    """The runs that are left by the file that they need, those that need one."""
+    found: dict[str, list[Run]] = {}
+    for run in planner.left():
+        settings = run.config["data"]
+        name = settings.get("dataset", settings.get("text"))
+        if name in data.FILES or "dataset" in settings:
+            found.setdefault(name, []).append(run)
+    return found
+
+
+def collect(planner: Planner) -> None:
+    """Makes the local datasets that are nowhere; where that fails its runs say so."""
+    for name in needed(planner):
+        source, _, dataset = name.partition("/")
+        if source == "local" and data.locate(f"{name}.hdf5") is None and not planner.stopping:
+            env, _, level = dataset.partition("-")
+            print(f"{name} is not here, and is made now (one training makes all of an environment)", flush=True)
+            command = [sys.executable, "-m", "scripts.collect", f"env={env}", f"level={level}", f"folder={data.FOLDER}"]
+            try:
+                code = subprocess.run(command, timeout=planner.seconds).returncode
+            except subprocess.TimeoutExpired:
+                code = "out of time"
+            if code:
+                print(f"{name} could not be made ({code}); its runs will say so", flush=True)
+
+
 def leave_without_data(planner: Planner) -> list[Run]:
     """The runs whose file is nowhere and cannot be fetched: said once, and left out."""
-    needed: dict[str, list[Run]] = {}
-    for run in planner.left():
-        needed.setdefault(run.config["data"].get("text"), []).append(run)
     waiting = []
-    for name in needed.keys() & data.FILES.keys():
+    for name, runs_of_it in needed(planner).items():
         try:
-            data.find(name)
+            if not name.startswith("local/"):
+                data.find(name)
         except data.DataError as error:
-            print(f"{len(needed[name])} runs wait for data: {error}", flush=True)
-            waiting += needed[name]
+            print(f"{len(runs_of_it)} runs wait for data: {error}", flush=True)
+            waiting += runs_of_it
     planner.runs = [run for run in planner.runs if run not in waiting]
     return waiting
 

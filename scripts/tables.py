@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.tables import renew_readme
 from experiments.config import PROFILES, run_id
 from experiments.records import RecordError, read_records
-from scripts.plan import CELLS, METRICS, TABLES, Cell, Metric
+from scripts.plan import CELLS, METRICS, TABLES, Cell, Metric, Table
 
 PAPER = Path(__file__).parent.parent / "results" / "paper.csv"
 COLUMNS = (
@@ -149,6 +149,8 @@ def parameters(entry: Entry) -> str:
 def grid(table: str, profile: str, found: list[Entry]) -> tuple[list[str], list[list[str]]]:
     """Header and lines. Ours is compared with a published value only at its scale."""
     shown = TABLES[table]
+    if shown.wide:
+        return wide_grid(shown, found)
     column, more = shown.column, shown.more
     units = dict.fromkeys(entry.metric.unit for entry in found)
     unit = f", {next(iter(units))}" if len(units) == 1 and any(units) else ""
@@ -172,6 +174,25 @@ def grid(table: str, profile: str, found: list[Entry]) -> tuple[list[str], list[
     return header, lines
 
 
+def wide_grid(shown: Table, found: list[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Rows side by side; a line for each column of the table and each of last, best, more and the published value."""
+    rows = dict.fromkeys(entry.cell.row for entry in found)
+    kinds = {"last": measured, "best": lambda entry: plus_minus(entry, "best")}
+    kinds |= {
+        head: lambda entry, which=which, metric=METRICS[metric]: plus_minus(entry, which, metric)
+        for head, metric, which in shown.more
+    }
+    kinds |= {"n": lambda entry: str(len(entry.done) or ""), shown.published: published}
+    lines = []
+    for column in dict.fromkeys(entry.cell.column for entry in found):
+        here = {entry.cell.row: entry for entry in found if entry.cell.column == column}
+        for name, text in kinds.items():
+            cells = [text(here[row]) if row in here else "" for row in rows]
+            if any(cells):
+                lines.append([column, name, *cells])
+    return [shown.column, "", *rows], lines
+
+
 def judged_by(entry: Entry) -> str:
     """Published losses are those of the best point, accuracies of the last."""
     return "last" if entry.metric.higher_is_better else "best"
@@ -192,7 +213,7 @@ def caption(table: str, profile: str, found: list[Entry]) -> str:
     text += f"({'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}). Last: after the last step; "
     text += "best: at the step of the best validation. "
     if own:
-        text += f"The {'paper' if shown.published == 'paper' else shown.published}'s scale: {scale}. "
+        text += f"{'The paper' if shown.published == 'paper' else shown.published}'s scale: {scale}. "
     else:
         text += f"Scaled down (profile {profile}): {scale}. The paper's values are those of its own scale. "
     return text + f"Run on {'; '.join(machines(records))}."

@@ -227,7 +227,7 @@ def test_wrong_arguments_are_named():
         make("gru2")
     with pytest.raises(ValueError, match="wrapping: expected one of .*'h3'.*, got 'h4'"):
         make("ssm", wrapping="h4", inner="s4")
-    assert set(MODELS) == {"mingru", "minlstm", "gru", "lstm", "attention", "ssm"}
+    assert set(MODELS) == {"mingru", "minlstm", "gru", "lstm", "attention", "aaren", "ssm"}
 
 
 @pytest.mark.parametrize("mixer", (GRUMixer, LSTMMixer, MinGRUMixer, MinLSTMMixer))

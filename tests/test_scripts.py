@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import records
+from experiments import data, records
 from experiments.config import MODELS, PROFILES
 from scripts import figures, plan, report, reproduce, tables
 
@@ -28,12 +28,15 @@ def make_record(run, last, best=None, status="done", **changes):
         which: {"step": steps, "test_accuracy": value, "test_loss": 1.0, "val_accuracy": value, "val_loss": 1.0}
         for which, value in (("last", last), ("best", last if best is None else best))
     }
+    for which, value in (("last", last), ("best", last if best is None else best)):
+        metrics[which] |= {f"test_score_at_{asked}": asked * value for asked in (20, 100)}
+        metrics[which] |= {"test_score": 100 * value, "val_score": 100 * value}
     curve = [[steps * (i + 1) // 10, float(i), last * (i + 1) / 10] for i in range(10)]
     return {
         "schema_version": 1, "run_id": run.run_id, "experiment": run.experiment, "profile": run.config["profile"],
         "config": run.config, "seed": run.seed, "status": status, "reason": None,
         "metrics": metrics if status == "done" else {},
-        "curves": {"train_loss": curve, "val_accuracy": curve, "val_loss": curve},
+        "curves": dict.fromkeys(("train_loss", "val_accuracy", "val_loss", "val_score"), curve),
         "steps": steps, "seconds": 100.0, "tokens_per_second": 1e5, "peak_memory": 1e9, "parameters": 227136,
         "git": {"commit": "0123456789abcdef", "clean": True}, "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "hardware": {"device": "cpu", "cpu": "Some CPU", "cores": 2, "threads": 1}, "started": 1e9, "ended": 1e9 + 100,
@@ -110,8 +113,13 @@ def test_every_published_value_has_its_cell():
     cells = {(cell.table, cell.row, cell.column, cell.metric) for cell in plan.CELLS}
     published = tables.read_paper()
     assert published.keys() <= cells
-    unconfirmed = {(row, column) for (_, row, column, _), value in published.items() if not value.confirmed}
-    assert unconfirmed == {(row, column) for row in ("minLSTM", "minGRU") for column in ("1", "2")}
+    unconfirmed = {key[:3] for key, value in published.items() if not value.confirmed}
+    assert {key[1:] for key in unconfirmed if key[0] == "table1_layers"} == {
+        (row, column) for row in ("minLSTM", "minGRU") for column in ("1", "2")
+    }
+    d4rl = {key[:3] for key in published if key[0] == "table3_d4rl"}
+    assert len(d4rl) == 54 and d4rl - unconfirmed == {("table3_d4rl", "DMamba", "hopper-medium")}
+    assert {table for table, _, _ in unconfirmed} == {"table1_layers", "table3_d4rl"}
     assert published["table1_layers", "minGRU", "3", "test_accuracy_percent"].value == 99.5
 
 
@@ -232,8 +240,9 @@ def test_a_value_of_the_paper_stands_in_its_columns_only(tmp_path):
             if cells[0] == "model":
                 heads = [i for i, name in enumerate(cells) if name.startswith(("paper", "nanoGPT"))]
             elif str(SENTINEL) in line:
-                assert [i for i, cell in enumerate(cells) if str(SENTINEL) in cell] == heads
-                seen += 1
+                found = [i for i, cell in enumerate(cells) if str(SENTINEL) in cell]
+                assert found == heads or cells[1] == "paper"  # its line, where the models stand side by side
+                seen += len(found)
     places = {(cell.table, cell.row, cell.column): {"paper", "cpu"} & set(cell.profiles) for cell in plan.CELLS}
     shown = sum(len(places[line["table"], line["row"], line["column"]]) for line in lines)
     assert seen == shown * 4  # csv, md, tex and report
@@ -259,6 +268,77 @@ def test_the_report_says_what_the_numbers_say(tmp_path):
     assert (tmp_path / "REPORT.md").read_text() == page and "smoke" in (tmp_path / "REPORT_smoke.md").read_text()
 
 
+def test_what_is_said_of_character_models(tmp_path):
+    """The Transformer ends at 1.9 after 2000 steps; minGRU, at 1.4 in the end, has come to 1.9 after 1000."""
+
+    def put_curve(run, at_1000, last):
+        steps = run.config["train"]["steps"]
+        values = {"step": steps, "val_loss": last, "test_loss": last + 0.02}
+        curve = [[step, 1.0, value] for step, value in ((steps // 4, 2.5), (steps // 2, at_1000), (steps, last))]
+        put(tmp_path, make_record(run, 0.5, metrics={"last": values, "best": values}, curves={"val_loss": curve}))
+
+    for label, at_1000, last in (("minGRU", 1.8, 1.4), ("Transformer", 2.1, 1.8), ("minLSTM", 2.0, 1.9)):
+        for i, run in enumerate(find("cpu", label, 2, "charlm")):
+            put_curve(run, at_1000 + 0.1 * i, last + 0.1 * i)
+    report.write_all(tmp_path)
+    page = (tmp_path / "REPORT.md").read_text()
+    assert "From the least loss: minGRU 1.450, Transformer 1.850, minLSTM 1.950." in page
+    assert "minGRU - Transformer: -0.400 nats, within 0.05" in page
+    assert "minLSTM - Transformer: +0.100 nats, not within 0.05" in page
+    assert "The Transformer's mean curve is lowest at step 2,000, 1.850; " in page
+    assert "no higher: minGRU after 1,000, so it takes 2.0 times as many." in page
+    assert "and so overfits: none." in page
+    assert "Transformer, 4 layers, 128 wide: 1.850, within 0.03 of the published loss." in page
+    # 12 blocks of 64 characters at 100,000 a second, 2000 times
+    assert "Transformer, 4 layers, 128 wide: 15 s of training" in page
+    row = next(line for line in page.splitlines() if line.startswith("| minGRU "))
+    assert [cell.strip() for cell in row.split("|")][2:6] == [
+        "1.450 ± 0.071",
+        "1.450 ± 0.071",
+        "1.470 ± 0.071",
+        "2000 ± 0",
+    ]
+    tables.write_all(tmp_path)
+    line = long(tmp_path / "tables/charlm_cpu.csv")["minGRU", "whole text (best)"]
+    assert (line["metric"], line["best_mean"], line["paper"]) == ("whole_loss_nats", "1.47", "")
+    assert [path.name for path in figures.write_all(tmp_path)] == ["charlm_loss_cpu.png"]
+    (_, _, found) = next(t for t in tables.measured_tables(tables.load(tmp_path)) if t[0] == "charlm")
+    against_steps, against_time = figures.loss_against_steps_and_time("charlm", found).axes
+    assert max(against_steps.lines[0].get_xdata()) == 2000
+    assert max(against_time.lines[0].get_xdata()) == pytest.approx(2000 * 12 * 64 / 1e5 / 60)  # minutes
+
+
+def test_the_steps_of_a_claim_are_of_curves_not_of_their_lowest_points(tmp_path):
+    """Two models with the same curves, each seed lowest elsewhere: they take the same number of steps."""
+    for label in ("minGRU", "Transformer"):
+        for i, run in enumerate(find("cpu", label, 2, "charlm")):
+            curve = [[500, 1.0, 2.5], [1000, 2.0, 1.8 + 0.1 * i], [1500, 3.0, 1.92 - 0.1 * i], [2000, 4.0, 1.95]]
+            metrics = {"step": 1000 + 500 * i, "val_loss": 1.8, "test_loss": 1.8}
+            metrics = {"best": metrics, "last": metrics | {"step": 2000, "val_loss": 1.95}}
+            put(tmp_path, make_record(run, 0.5, metrics=metrics, curves={"val_loss": curve}))
+    report.write_all(tmp_path)
+    page = (tmp_path / "REPORT.md").read_text()
+    assert "is lowest at step 1,000, 1.850; " in page
+    assert "minGRU after 1,000, so it takes 1.0 times as many." in page
+    assert "overfits: minGRU (by 0.100), Transformer (by 0.100)." in page
+
+
+def test_runs_whose_file_is_nowhere_are_left_out(tmp_path, monkeypatch, capsys):
+    def find_nothing(name):
+        raise data.DataError(f"{name} is nowhere")
+
+    monkeypatch.setattr(data, "find", find_nothing)
+    runs = plan.runs("smoke", 1)
+    planner = reproduce.Planner(runs, str(tmp_path), str(tmp_path), lambda run, seconds: [])
+    waiting = reproduce.leave_without_data(planner)
+    rest = [run.label for run in planner.runs if run.experiment == "charlm"]
+    assert len(waiting) == 6 and rest == ["charlm: minGRU"] and len(planner.runs) == len(runs) - 6
+    assert capsys.readouterr().out.count("tinyshakespeare is nowhere") == 1
+    for run in runs:  # what is done needs no data
+        put(tmp_path, make_record(run, 0.5))
+    assert reproduce.leave_without_data(reproduce.Planner(runs, str(tmp_path), "", lambda *_: [])) == []
+
+
 def test_without_torch_and_twice_the_same(tmp_path):
     fill(tmp_path / "results", "paper")
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
@@ -272,12 +352,12 @@ def test_without_torch_and_twice_the_same(tmp_path):
     assert "table2_selective_copy_loss.png" in call("scripts.figures")
     assert "REPORT.md" in call("scripts.report")
     assert "figures/table2_selective_copy_accuracy.png" in (tmp_path / "results/REPORT.md").read_text()
-    assert "25 of 25 runs done, 0 left" in call("scripts.reproduce", "--profile", "paper", "--list")
+    assert "97 of 97 runs done, 0 left" in call("scripts.reproduce", "--profile", "paper", "--list")
     files = sorted(path for path in (tmp_path / "results").rglob("*") if path.is_file() and "runs" not in path.parts)
     before = {path: path.read_bytes() for path in files}
     for module in (tables, figures, report):
         module.write_all(tmp_path / "results")
-    assert {path: path.read_bytes() for path in files} == before and len(files) == 4 * 3 + 4 * 2 + 1
+    assert {path: path.read_bytes() for path in files} == before and len(files) == 6 * 3 + (4 + 2 * 3) * 2 + 1
 
 
 def test_figures_of_a_single_run(tmp_path):

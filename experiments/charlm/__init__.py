@@ -25,7 +25,7 @@ from minrnn.mixers import make
 from minrnn.models import TokenModel
 
 from .. import data, engine
-from ..config import CharLM
+from ..config import TEXTS, CharLM
 from ..seeds import eval_seed, train_seed
 
 
@@ -59,15 +59,16 @@ def read(cfg: CharLM, device: torch.device | str) -> Text:
     parts.
     """
     if cfg.data.path is None and cfg.data.text == "python_docs":
-        return Text(data.python_docs(), device)
-    path = data.find(cfg.data.text, cfg.progress) if cfg.data.path is None else cfg.data.path
-    content = _bytes(path)
+        path, content = "python_docs", data.python_docs().encode()
+    else:
+        path = data.find(cfg.data.text, cfg.progress) if cfg.data.path is None else cfg.data.path
+        content = _bytes(path)
     if cfg.data.sha256 is not None:
         found = hashlib.sha256(content).hexdigest()
         if found != cfg.data.sha256:
             raise data.DataError(f"data.sha256: expected {cfg.data.sha256}, {path} has {found}: it is another text")
     try:
-        text = content.decode("utf-8").replace("\r\n", "\n")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise data.DataError(f"data.path: expected UTF-8, {path} is not ({error})") from error
     least = 10 * (cfg.data.block + 1)  # of which a tenth validates
@@ -79,11 +80,19 @@ def read(cfg: CharLM, device: torch.device | str) -> Text:
 
 
 def identify(cfg: CharLM) -> CharLM:
-    """With the checksum of the text at data.path, which is what makes it another run: not the file's name."""
-    if cfg.data.path is None or cfg.data.sha256 is not None:
-        return cfg
-    found = hashlib.sha256(_bytes(cfg.data.path)).hexdigest()
-    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, sha256=found))
+    """With the checksum of the text at data.path, which is what makes it another run: not the file's name.
+
+    A text that has a name of its own is that one, wherever it lies. Raises DataError as `read`.
+    """
+    settings, named = cfg.data, {file.sha256: name for name, file in data.FILES.items()}
+    if settings.path is not None:
+        found = hashlib.sha256(_bytes(settings.path)).hexdigest()
+        if settings.sha256 not in (None, found):
+            read(cfg, "cpu")  # says so
+        settings = dataclasses.replace(settings, text=named.get(found, TEXTS[0]), sha256=found)
+    if settings.sha256 in named:
+        settings = dataclasses.replace(settings, text=named[settings.sha256], sha256=None)
+    return dataclasses.replace(cfg, data=settings)
 
 
 def _bytes(path: str | Path) -> bytes:
@@ -122,6 +131,8 @@ def whole_loss(cfg: CharLM, part: Tensor, model: nn.Module) -> float:
 
 
 def task(cfg: CharLM, device: torch.device) -> engine.Task:
+    if cfg.model.name == "attention" and not cfg.model.positions:
+        raise ValueError("model: attention alone knows no order; model=transformer has positions")
     text = read(cfg, device)
     block, vocab = cfg.data.block, len(text.vocabulary)
     model = TokenModel(vocab, vocab, mixer=make(**cfg.model.mixer(block)), **cfg.model.backbone(block))
@@ -133,6 +144,7 @@ def task(cfg: CharLM, device: torch.device) -> engine.Task:
         tokens=cfg.train.batch_size * block,
         select="loss",
         maximize=False,
+        facts={"vocabulary": text.vocabulary, "characters": len(text.train) + len(text.val)},
     )
 
 

@@ -22,9 +22,7 @@ from minrnn.mixers.base import state_map
 from minrnn.models import TokenModel
 
 from .. import checkpoints, records
-from ..config import CharLM, typed
-from ..data import DataError
-from . import Text, read
+from ..config import typed
 
 
 @dataclass
@@ -41,13 +39,17 @@ class Settings:
     device: str = "cpu"
 
     def __post_init__(self):
-        if self.tokens < 1 or self.temperature < 0 or self.top_k < 0:
+        if self.tokens < 1 or not self.temperature >= 0 or self.top_k < 0:
             raise ValueError(
                 "expected tokens >= 1, temperature >= 0 and top_k >= 0, "
                 f"got {self.tokens}, {self.temperature} and {self.top_k}"
             )
         if self.weights not in ("best", "last"):
             raise ValueError(f"weights: expected 'best' or 'last', got {self.weights!r}")
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device: {self.device!r} cannot be used here ({str(error).splitlines()[0]})") from None
         if not self.prompt:
             raise ValueError("prompt: expected a character at least")
 
@@ -67,8 +69,8 @@ def parse(arguments: list[str]) -> Settings:
     return Settings(**values)
 
 
-def load(settings: Settings) -> tuple[TokenModel, Text, CharLM]:
-    """The run's model, its text (for the vocabulary) and its configuration."""
+def load(settings: Settings) -> tuple[TokenModel, str]:
+    """The run's model and its vocabulary."""
     record = records.read_record(records.record_path(settings.results_dir, "charlm", settings.run))
     if record is None:
         known = [path.parent.name for path in (Path(settings.results_dir) / "runs/charlm").glob("*/record.json")]
@@ -82,11 +84,11 @@ def load(settings: Settings) -> tuple[TokenModel, Text, CharLM]:
             f"run: {settings.run} has a record, but no weights in {settings.output_dir} (they stay where it was run); "
             f"give output_dir=, or do it again: python -m experiments.charlm results_dir=mine output_dir=mine ..."
         )
-    text, block = read(cfg, "cpu"), cfg.data.block
-    vocab = len(text.vocabulary)
+    vocabulary, block = record["facts"]["vocabulary"], cfg.data.block
+    vocab = len(vocabulary)
     model = TokenModel(vocab, vocab, mixer=make(**cfg.model.mixer(block)), **cfg.model.backbone(block))
     model.load_state_dict(saved["best_weights" if settings.weights == "best" else "model"])
-    return model.to(settings.device).eval(), text, cfg
+    return model.to(settings.device).eval(), vocabulary
 
 
 @torch.inference_mode()
@@ -129,26 +131,35 @@ def state_bytes(state: object) -> int:
 
 
 def main(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__, *(f"    {f.name}={f.default!r}" for f in fields(Settings)), "    --stats", sep="\n")
+        return
     stats = "--stats" in arguments
     settings = parse([argument for argument in arguments if argument != "--stats"])
-    model, text, _ = load(settings)
-    unknown = sorted(set(settings.prompt) - set(text.vocabulary))
+    torch.set_num_threads(1)  # one token's matrices are too small to share
+    model, vocabulary = load(settings)
+    unknown = sorted(set(settings.prompt) - set(vocabulary))
     if unknown:
-        raise ValueError(f"prompt: {''.join(unknown)!r} is not among the text's {len(text.vocabulary)} characters")
-    prompt = torch.tensor([text.ids[character] for character in settings.prompt], device=settings.device)
+        raise ValueError(f"prompt: {''.join(unknown)!r} is not among the text's {len(vocabulary)} characters")
+    prompt = torch.tensor([vocabulary.index(character) for character in settings.prompt], device=settings.device)
     print(settings.prompt, end="", flush=True)
-    began, size = time.perf_counter(), 0
+    began, size, first = time.perf_counter(), 0, 0.0
     for token, state in generate(model, prompt, settings):
-        print(text.vocabulary[token], end="", flush=True)
+        first = first or time.perf_counter()
+        print(vocabulary[token], end="", flush=True)
         size = max(size, state_bytes(state)) if stats else 0
-    speed = settings.tokens / (time.perf_counter() - began)
+    speed = (settings.tokens - 1) / (time.perf_counter() - first)
     print()
     if stats:
-        print(f"{speed:.0f} tokens a second; a state of {size:,} bytes at most", file=sys.stderr)
+        print(
+            f"{first - began:.2f} s until the first token, then {speed:.0f} tokens a second; "
+            f"a state of {size:,} bytes at most",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, DataError) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from .aaren import Aaren
 from .attention import Attention
 from .base import Mixer
 from .hyena import Hyena
@@ -14,11 +15,14 @@ from .s6 import S6
 from .wrappings import H3, Mamba, Ungated
 
 __all__ = [
-    "Attention", "GRUMixer", "H3", "Hyena", "LSTMMixer", "Mamba", "MinGRUMixer", "MinLSTMMixer", "Mixer", "S4", "S4D",
-    "S6", "Ungated", "make",
+    "Aaren", "Attention", "GRUMixer", "H3", "Hyena", "LSTMMixer", "Mamba", "MinGRUMixer", "MinLSTMMixer", "Mixer", "S4",
+    "S4D", "S6", "Ungated", "make",
 ]  # fmt: skip
 
-MIXERS = {"mingru": MinGRUMixer, "minlstm": MinLSTMMixer, "gru": GRUMixer, "lstm": LSTMMixer, "attention": Attention}
+MIXERS = {
+    "mingru": MinGRUMixer, "minlstm": MinLSTMMixer, "gru": GRUMixer, "lstm": LSTMMixer, "attention": Attention,
+    "aaren": Aaren,
+}  # fmt: skip
 INNER = {"s4": S4, "s4d": S4D, "s6": S6, "hyena": Hyena}
 WRAPPINGS = {"none": Ungated, "h3": H3, "mamba": Mamba}
 
@@ -27,8 +31,8 @@ def make(name: str, **settings: Any) -> Callable[[int], Mixer]:
     """What makes the named mixer for a width.
 
     Args:
-        name: mingru, minlstm, gru, lstm, attention, or ssm: an `inner` layer (s4, s4d, s6, hyena) in a `wrapping`
-            (none, h3, mamba), the grid of the Mamba paper's Table 1.
+        name: mingru, minlstm, gru, lstm, attention, aaren, or ssm: an `inner` layer (s4, s4d, s6, hyena) in a
+            `wrapping` (none, h3, mamba), the grid of the Mamba paper's Table 1.
         settings: the mixer's own arguments; None means its default.
     """
     settings = {key: value for key, value in settings.items() if value is not None}

@@ -1,0 +1,332 @@
+"""Offline data of MuJoCo locomotion: D4RL's HDF5 files and local ones of the same schema, and windows to train on.
+
+A file holds the steps of many episodes one after another: `observations` (N, S), `actions` (N, A), `rewards` (N,),
+`terminals` (N,), and if need be `timeouts` (N,), `next_observations` (N, S) and a group `metadata`. With the ends
+marked so, and a context of 3,
+
+    row          0  1  2  3  4  5  6
+    reward       1  2  4  1  1  3  9
+    terminals    .  .  x  .  .  .  .
+    timeouts     .  .  .  .  .  x  .
+
+there are two episodes, rows 0 to 2 and 3 to 5 (row 6 belongs to none that is whole), and the window that begins at
+row 4 is
+
+    row          4     5     padding
+    to go        0.004 0.003 0          the undiscounted return from here, over SCALE
+    time         1     2     0
+    mask         true  true  false
+
+which is Decision Transformer's rule (https://github.com/kzl/decision-transformer, commit e2d82e6,
+gym/data/download_d4rl_datasets.py and gym/experiment.py), but for the side of the padding: see Windows.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import data
+from ..data import DataError
+
+
+@dataclass(frozen=True)
+class Environment:
+    id: str  # gymnasium's
+    sizes: tuple[int, int]  # of an observation and of an action
+    reference: tuple[float, float]  # D4RL's REF_MIN_SCORE and REF_MAX_SCORE: returns of a random policy and an expert
+    targets: tuple[float, float]  # the returns that Decision Transformer asks for
+
+
+# reference: https://github.com/Farama-Foundation/D4RL/blob/89141a689b0353b0dac3da5cba60da4b1b16254d/d4rl/infos.py
+# targets: https://github.com/kzl/decision-transformer/blob/e2d82e68f330c00f763507b3b01d774740bee53f/gym/experiment.py
+ENVIRONMENTS = {
+    "hopper": Environment("Hopper-v4", (11, 3), (-20.272305, 3234.3), (3600.0, 1800.0)),
+    "halfcheetah": Environment("HalfCheetah-v4", (17, 6), (-280.178953, 12135.0), (12000.0, 6000.0)),
+    "walker2d": Environment("Walker2d-v4", (17, 6), (1.629008, 4592.3), (5000.0, 2500.0)),
+}
+LEVELS = ("medium", "medium-replay", "medium-expert")
+SOURCES = {"local": (*LEVELS, "random"), "d4rl": LEVELS}  # and their levels; random is for tests
+KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")  # the first four must be
+EPISODE = 1000  # steps at most
+SCALE = 1000.0  # of returns
+ROUNDING = 2.0**-23  # of float32, relative
+
+
+def normalized(env: str, score: float) -> float:
+    """A return in percent of the way from a random policy's to an expert's, as D4RL has it."""
+    low, high = ENVIRONMENTS[env].reference
+    return 100 * (score - low) / (high - low)
+
+
+def split_name(dataset: str) -> tuple[str, str, str]:
+    """ "local/hopper-medium-replay" is ("local", "hopper", "medium-replay").
+
+    Raises ValueError: there is no such set.
+    """
+    names = {f"{s}/{env}-{level}": (s, env, level) for s in SOURCES for env in ENVIRONMENTS for level in SOURCES[s]}
+    if dataset not in names:
+        (nearest,) = difflib.get_close_matches(dataset, names, n=1, cutoff=0)
+        raise ValueError(
+            f"data.dataset: expected <source>/<environment>-<level> of {(*SOURCES,)}, {(*ENVIRONMENTS,)} and {LEVELS}, "
+            f"got {dataset!r}; the nearest is {nearest!r}"
+        )
+    return names[dataset]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The whole episodes of a file, one after another.
+
+    Attributes:
+        name: as in `data.dataset`.
+        env: a key of ENVIRONMENTS.
+        observations: (N, S) float32.
+        actions: (N, A) float32.
+        rewards: (N,) float32.
+        terminals: (N,) bool, true where an episode ended by itself, not by its length.
+        starts: (E + 1,) int64; episode e is the rows starts[e] to starts[e + 1].
+        sha256: of the file.
+        metadata: what the file's group `metadata` says, in JSON's types.
+    """
+
+    name: str
+    env: str
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminals: np.ndarray
+    starts: np.ndarray
+    sha256: str
+    metadata: dict[str, Any]
+
+    @property
+    def episodes(self) -> int:
+        return len(self.starts) - 1
+
+    @cached_property
+    def returns(self) -> np.ndarray:
+        """(E,) float64."""
+        return np.add.reduceat(self.rewards.astype(np.float64), self.starts[:-1])
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        """(S,) float32, over all rows."""
+        return self.observations.mean(0, dtype=np.float64).astype(np.float32)
+
+    @cached_property
+    def std(self) -> np.ndarray:
+        """(S,) float32, over all rows, and 1e-6 more, so that a constant can be divided by it."""
+        return (self.observations.std(0, dtype=np.float64) + 1e-6).astype(np.float32)
+
+
+def find(dataset: str, progress: bool = True) -> Path:
+    """The path of a set's file; D4RL's are fetched where they are nowhere, and their checksums kept and verified.
+
+    Raises ValueError: there is no such set. DataError: it is nowhere and cannot be fetched, or not what it was.
+    """
+    source, env, level = split_name(dataset)
+    if source == "d4rl":
+        return data.find(dataset, progress)
+    path = data.locate(f"{dataset}.hdf5")
+    if path is None:
+        places = " nor ".join(str(folder / f"{dataset}.hdf5") for folder in data.folders())
+        raise DataError(
+            f"{dataset}: there is no {places}; `python -m scripts.collect env={env} level={level}` makes it"
+        )
+    return path
+
+
+def read(path: str | Path, name: str) -> Dataset:
+    """The whole episodes of an HDF5 file: an episode's last row is the one that terminals or timeouts mark.
+
+    What follows the last of these rows is left out. In a file without timeouts an episode also ends at its EPISODE-th
+    step. (So it does in Decision Transformer's script for the first one; its counter ends later ones a step early.
+    D4RL's v2 files all have timeouts.)
+
+    Args:
+        name: as in `data.dataset`; says whose observations and actions are expected.
+
+    Raises DataError: it cannot be read, lacks something, or is not consistent; the text says what and where.
+    """
+    env = split_name(name)[1]
+    try:
+        checksum = data.sha256(Path(path))
+        with h5py.File(path, "r") as file:
+            there = [key for key in file if isinstance(file[key], h5py.Dataset)]
+            arrays = {key: file[key][()] for key in KEYS if key in there}
+            metadata = _decoded(file["metadata"]) if "metadata" in file else {}
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # all of them are h5py's
+        raise DataError(
+            f"{path}: expected a whole HDF5 file, got what cannot be read ({error}); get it anew"
+        ) from error
+    missing = [key for key in KEYS[:4] if key not in there]
+    if missing:
+        raise DataError(f"{path}: expected {', '.join(KEYS[:4])}; there is no {', '.join(missing)}, only {there}")
+
+    states, actions = ENVIRONMENTS[env].sizes
+    n = arrays["observations"].shape[0] if arrays["observations"].ndim else 0
+    shapes = {"observations": (n, states), "actions": (n, actions), "next_observations": (n, states)}
+    for key, array in arrays.items():
+        shape = shapes.get(key, (n,))
+        if array.shape == (n, 1) and len(shape) == 1:  # as D4RL's own reader takes them too
+            array = array[:, 0]
+        if array.shape != shape or array.dtype.kind not in "biuf":
+            raise DataError(
+                f"{path}: {key}: expected numbers of shape {shape}, {n} rows of {ENVIRONMENTS[env].id}, "
+                f"got {array.dtype} of shape {array.shape}"
+            )
+        arrays[key] = (_truths if key in ("terminals", "timeouts") else _floats)(path, key, array)
+    starts = _starts(path, arrays["terminals"], arrays.get("timeouts"))
+    if "next_observations" in arrays:
+        _check_order(path, arrays["observations"], arrays["next_observations"], starts)
+    rows = {key: arrays[key][: starts[-1]] for key in KEYS[:4]}
+    return Dataset(name=name, env=env, **rows, starts=starts, sha256=checksum, metadata=metadata)
+
+
+def _floats(path: str | Path, key: str, array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+        array = array.astype(np.float32, copy=False)
+    bad = np.argwhere(~np.isfinite(array))
+    if len(bad):
+        raise DataError(f"{path}: {key}: expected finite numbers, {len(bad)} are not, the first in row {bad[0, 0]}")
+    return array
+
+
+def _truths(path: str | Path, key: str, array: np.ndarray) -> np.ndarray:
+    bad = np.flatnonzero((array != 0) & (array != 1))
+    if len(bad):
+        raise DataError(f"{path}: {key}: expected 0 or 1, got {array[bad[0]]} in row {bad[0]} ({len(bad)} such rows)")
+    return array.astype(bool, copy=False)
+
+
+def _starts(path: str | Path, terminals: np.ndarray, timeouts: np.ndarray | None) -> np.ndarray:
+    """(E + 1,) int64: where episodes begin, and where the last one ends."""
+    if timeouts is None:
+        rows = np.arange(len(terminals))
+        first = np.maximum.accumulate(np.where(np.append(True, terminals[:-1]), rows, 0))
+        timeouts = (rows - first) % EPISODE == EPISODE - 1
+    starts = np.append(0, np.flatnonzero(terminals | timeouts) + 1)
+    if len(starts) == 1:
+        raise DataError(f"{path}: expected a whole episode at least, none of the {len(terminals)} rows ends one")
+    lengths = np.diff(starts)
+    if lengths.max() > EPISODE:
+        e = lengths.argmax()
+        raise DataError(
+            f"{path}: expected episodes of {EPISODE} steps at most, got {lengths[e]} from row {starts[e]} on "
+            "before terminals or timeouts mark an end"
+        )
+    return starts
+
+
+def _check_order(path: str | Path, observations: np.ndarray, after: np.ndarray, starts: np.ndarray) -> None:
+    """Inside an episode what is observed after a step is what is observed before the next one."""
+    inside = np.ones(starts[-1] - 1, bool)
+    inside[starts[1:-1] - 1] = False
+    expected, got = observations[1 : starts[-1]], after[: starts[-1] - 1]
+    bad = np.flatnonzero((np.abs(got - expected) > ROUNDING * np.abs(expected)).any(1) & inside)
+    if len(bad):
+        raise DataError(
+            f"{path}: next_observations: expected the next row's observations inside an episode; "
+            f"{len(bad)} of {inside.sum()} rows differ, the first is row {bad[0]}"
+        )
+
+
+def _decoded(item: Any) -> Any:
+    """HDF5's values in JSON's types; of an array of more than 64 the type and shape alone (D4RL's hold networks)."""
+    if isinstance(item, h5py.Group):
+        return {key: _decoded(value) for key, value in (*item.attrs.items(), *item.items())}
+    if isinstance(item, h5py.Dataset):
+        return _decoded(item[()])
+    if isinstance(item, np.ndarray) and item.size > 64:
+        return f"{item.dtype} {item.shape}"
+    if isinstance(item, np.ndarray | np.generic) and not isinstance(item, bytes):
+        return _decoded(item.tolist())
+    if isinstance(item, list):
+        return [_decoded(value) for value in item]
+    if isinstance(item, bytes):
+        return item.decode("utf-8", "backslashreplace")
+    if isinstance(item, float) and not math.isfinite(item) or not isinstance(item, bool | int | float | str | None):
+        return str(item)
+    return item
+
+
+class Windows:
+    """Windows of K steps of a dataset's episodes, on a device.
+
+    What lies beyond an episode's end is padding, on the right: a causal model's outputs before it do not see it. The
+    published code pads on the left, and what a model makes of that reaches the outputs, of a recurrent one at any rate:
+    `left_padded` gives that form, for comparison.
+
+    Args:
+        context: K.
+    """
+
+    def __init__(self, dataset: Dataset, context: int, device: torch.device | str):
+        if context < 1:
+            raise ValueError(f"data.context: expected 1 at least, got {context}")
+        self.context, self.device = context, torch.device(device)
+        to_go = np.empty(len(dataset.rewards))
+        times = np.empty(len(dataset.rewards), np.int64)
+        for start, end in zip(dataset.starts[:-1], dataset.starts[1:], strict=True):
+            to_go[start:end] = dataset.rewards[start:end][::-1].cumsum(dtype=np.float64)[::-1]
+            times[start:end] = np.arange(end - start)
+        ends = np.repeat(dataset.starts[1:], np.diff(dataset.starts))
+        mean, std = (torch.as_tensor(x, device=device) for x in (dataset.mean, dataset.std))
+        self.to_go = torch.as_tensor((to_go / SCALE).astype(np.float32), device=device)
+        self.states = (torch.as_tensor(dataset.observations, device=device) - mean) / std
+        self.actions = torch.as_tensor(dataset.actions, device=device)
+        self.times, self.ends = torch.as_tensor(times, device=device), torch.as_tensor(ends, device=device)
+        self.origin = -mean / std  # an observation of zeros
+
+    def batch(self, batch_size: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Windows from rows drawn uniformly, a function of the seed on a kind of device.
+
+        So an episode is drawn with a probability proportional to its length, and a start uniformly in it, as in
+        Decision Transformer's gym/experiment.py.
+
+        Returns:
+            (B, K, 1) float32 returns-to-go over SCALE, (B, K, S) float32 states, normalised, (B, K, A) float32
+            actions, (B, K) int64 steps since the episode began, (B, K) bool mask, true where a step is real.
+            Padding is zero.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+        starts = torch.randint(len(self.times), (batch_size, 1), generator=generator, device=self.device)
+        places = starts + torch.arange(self.context, device=self.device)
+        mask = places < self.ends[starts]
+        places = torch.where(mask, places, 0)
+        real = mask[..., None]
+        return (
+            torch.where(real, self.to_go[places][..., None], 0),
+            torch.where(real, self.states[places], 0),
+            torch.where(real, self.actions[places], 0),
+            torch.where(mask, self.times[places], 0),
+            mask,
+        )
+
+    def left_padded(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The same windows, each with its padding moved to the left, as Decision Transformer trains on them.
+
+        There returns-to-go and times are padded with 0, actions with -10, and states with 0 before they are
+        normalised, so that a padded state is -mean / std (gym/experiment.py, get_batch).
+        """
+        *tensors, mask = batch
+        B, K = mask.shape
+        places = torch.arange(K, device=mask.device) - (K - mask.sum(1, keepdim=True))
+        mask, rows = places >= 0, torch.arange(B, device=mask.device)[:, None]
+        to_go, states, actions, times = (x[rows, places.clamp(min=0)] for x in tensors)
+        real = mask[..., None]
+        return (
+            torch.where(real, to_go, 0),
+            torch.where(real, states, self.origin),
+            torch.where(real, actions, -10),
+            torch.where(mask, times, 0),
+            mask,
+        )
