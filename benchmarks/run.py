@@ -2,7 +2,7 @@
 
     python -m benchmarks.run [cpu|cuda] [--only kernels layers precision training language decision]
 
-Every case, the peers' too, is first checked against the float64 loop; one of ours that is wrong stops the
+Every case is first checked against the float64 loop, peers' scans and layers too; one of ours that is wrong stops the
 benchmark, a peer's that is wrong or fails is named so and not timed. Peers that are not installed are left out.
 Writes results/bench/<device>.json and then every table (tables.py).
 """

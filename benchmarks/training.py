@@ -23,6 +23,7 @@ BATCH, MICRO_BATCHES, MARKERS, VOCAB = 64, 2, 16, 16
 DIM, LAYERS, EXPANSION = 64, 3, 6
 LENGTHS = (512, 4096)  # of the body
 CHARACTERS, LANGUAGE_DIM = 65, 384
+NEAR = {"cpu": 1e-5, "cuda": 1e-3}  # a GPU may multiply matrices in tf32
 LANGUAGE_SHAPES = {"cpu": [(12, 256), (4, 1024), (2, 2048), (1, 4096)], "cuda": [(64, 256), (16, 1024), (4, 4096)]}
 
 
@@ -90,8 +91,28 @@ def check(device: str) -> None:
         mixer.rnn.backend = "reference"
     tokens = torch.randint(VOCAB, (2, 100))
     error = relative_error(net(tokens.to(device))[0].detach().cpu(), exact(tokens)[0].detach())
-    if not error <= (1e-5 if device == "cpu" else 1e-3):  # a GPU may multiply matrices in tf32
+    if not error <= NEAR[device]:
         raise SystemExit(f"training: the model's logits are off by {error:.1e}; not measured")
+
+
+def check_language(name: str, build: Callable[[], TokenModel], device: str) -> None:
+    """Logits and gradients of the parameters in float32 are those of the float64 model on plain loops."""
+    net, exact = build().to(device), build().double()
+    exact.load_state_dict(net.state_dict())
+    for module in exact.modules():
+        if hasattr(module, "backend"):
+            module.backend = "reference"
+    tokens = torch.randint(CHARACTERS, (2, 101))
+    found = []
+    for model, x in ((net, tokens.to(device)), (exact, tokens)):
+        logits = model(x[:, :-1])[0]
+        loss = F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten())
+        found.append([logits.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for i, (actual, expected) in enumerate(zip(*found, strict=True)):
+        error = relative_error(actual.cpu(), expected)
+        if not error <= 30 * NEAR[device]:  # a small gradient is a sum that cancels
+            what = "logits" if i == 0 else f"gradient of {list(dict(net.named_parameters()))[i - 1]}"
+            raise SystemExit(f"language: {name}: the {what} is off by {error:.1e}; not measured")
 
 
 def training(device: str) -> list[dict]:
@@ -138,7 +159,9 @@ def language_models(block: int) -> dict[str, Callable[[], TokenModel]]:
 
 def language(device: str) -> list[dict]:
     keep_freed_memory()
-    check(device)
+    for name, build in language_models(256).items():
+        if name != "minGRU-pytorch":  # a peer; a loss that is finite must do
+            check_language(name, build, device)
     rows = []
     for batch, block in LANGUAGE_SHAPES[device]:
         row = {"shape": (batch, block), "dtype": "float32"}
