@@ -2,6 +2,7 @@
 
 import importlib.util
 import time
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -15,8 +16,8 @@ from .measure import seconds, summary
 
 # Decision Transformer's sizes on Hopper.
 STATE, ACTION, DIM, LAYERS, CONTEXT, BATCH = 11, 3, 128, 3, 20, 64
-CONTEXTS = (1, 5, 20, 50, 100, 200, 500, 1000)
-EPISODES = 10  # at once
+CONTEXTS = (1, 5, 20, 50, 100, 200, 500)
+EPISODES = 60  # at once
 
 
 def models() -> dict[str, Callable[[], DecisionModel]]:
@@ -24,8 +25,8 @@ def models() -> dict[str, Callable[[], DecisionModel]]:
         return lambda: DecisionModel(STATE, ACTION, DIM, LAYERS, mixer, steps=1000, mlp=4, **settings)
 
     return {
-        "minrnn": build(make("mingru", expansion=2)),
-        "minLSTM": build(make("minlstm", expansion=2)),
+        "minrnn": build(make("mingru", expansion=1)),
+        "minLSTM": build(make("minlstm", expansion=1)),
         "Transformer": build(make("attention", heads=1), norm="layer", init="gpt2"),
         "Mamba": build(make("ssm", inner="s6", wrapping="mamba"), norm="layer"),
     }
@@ -85,6 +86,8 @@ def policy_step(net: DecisionModel, context: int, device: str) -> dict[str, floa
 def environment(nets: dict[str, DecisionModel]) -> dict[str, dict]:
     """ms of a step of EPISODES Hoppers, on one thread: the bare ones with random actions, and with a policy."""
     import gymnasium
+
+    warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
 
     def run(act: Callable[[np.ndarray, int], np.ndarray], steps: int = 300) -> dict[str, float]:
         envs = [gymnasium.make("Hopper-v4", disable_env_checker=True) for _ in range(EPISODES)]

@@ -182,8 +182,8 @@ CAPTIONS = {
     "sequences in two micro-batches of 32): forward, loss, backward, clipping, AdamW; ms, minimum / median; in "
     "brackets the ratio to minGRU. minGRU-pytorch: its layer in the same backbone.",
     "decision": "A decision model (3 layers, 128 wide, three tokens a step), ms, minimum / median; in brackets the "
-    "ratio to minGRU. training: a step at Decision Transformer's batch and context. policy: one more step of 10 "
-    "episodes after so many, minGRU from its state, the Transformer reading all again. environment: one step of 10 "
+    "ratio to minGRU. training: a step at Decision Transformer's batch and context. policy: one more step of 60 "
+    "episodes after so many, minGRU from its state, the Transformer reading all again. environment: one step of 60 "
     "Hoppers on one thread, bare with random actions, and with a policy; the Transformer's context is 20.",
     "language": "A training step of the character model at the paper's size (3 layers, 384 wide; without dropout): "
     "forward, loss, backward, clipping, AdamW; ms, minimum / median; in brackets the ratio to minGRU. minGRU-pytorch: "

@@ -287,11 +287,13 @@ class DecisionModel(nn.Module):
             )
             x, state = self.backbone.step(self._norm(wanted + seen + done + times[time]), state)
             return self._act(x), state
+        parts = [wanted + times[time], seen + times[time]]
         if before is not None:
-            _, state = self.backbone.step(self._norm(self.embed_action(before) + times[time - 1]), state)
-        _, state = self.backbone.step(self._norm(wanted + times[time]), state)
-        x, state = self.backbone.step(self._norm(seen + times[time]), state)
-        return self._act(x), state
+            parts.insert(0, self.embed_action(before) + times[time - 1])
+        x, state = self.backbone(
+            self._norm(torch.stack(parts, 1)), state
+        )  # at once: three steps are three times the calls
+        return self._act(x[:, -1]), state
 
     def initial_state(self, batch_size: int) -> State:
         return self.backbone.initial_state(batch_size)
