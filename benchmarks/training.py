@@ -110,7 +110,9 @@ def check_language(name: str, build: Callable[[], TokenModel], device: str) -> N
         found.append([logits.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     for i, (actual, expected) in enumerate(zip(*found, strict=True)):
         error = relative_error(actual.cpu(), expected)
-        if not error <= 30 * NEAR[device]:  # a small gradient is a sum that cancels
+        # The candidate's activation has a kink at 0, and rounding puts a few values on its other side: there the
+        # gradient jumps.
+        if not error <= (NEAR[device] if i == 0 else 1e-2):
             what = "logits" if i == 0 else f"gradient of {list(dict(net.named_parameters()))[i - 1]}"
             raise SystemExit(f"language: {name}: the {what} is off by {error:.1e}; not measured")
 
