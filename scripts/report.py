@@ -110,7 +110,7 @@ def language_found(profile: str, found: list[Entry]) -> list[str]:
     for entry in done:
         reached = None if entry is transformer else first_step_at(entry, level)
         if reached is not None:
-            ratios.append(f"{entry.cell.row} after {reached:,}, so it takes {step / reached:.1f} times as many")
+            ratios.append(f"{entry.cell.row} after {reached:,} (the Transformer: {step / reached:.1f} times as many)")
     said.append(
         f"The Transformer's mean curve is lowest at step {step:,}, {level:.3f}; the first step at which another's "
         f"is no higher: {'; '.join(ratios) or 'none comes so low'}. The paper compares each model's own best step, "

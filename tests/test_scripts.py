@@ -286,7 +286,7 @@ def test_what_is_said_of_character_models(tmp_path):
     assert "minGRU - Transformer: -0.400 nats, within 0.05" in page
     assert "minLSTM - Transformer: +0.100 nats, not within 0.05" in page
     assert "The Transformer's mean curve is lowest at step 2,000, 1.850; " in page
-    assert "no higher: minGRU after 1,000, so it takes 2.0 times as many." in page
+    assert "no higher: minGRU after 1,000 (the Transformer: 2.0 times as many)." in page
     assert "and so overfits: none." in page
     assert "Transformer, 4 layers, 128 wide: 1.850, within 0.03 of the published loss." in page
     # 12 blocks of 64 characters at 100,000 a second, 2000 times
@@ -319,7 +319,7 @@ def test_the_steps_of_a_claim_are_of_curves_not_of_their_lowest_points(tmp_path)
     report.write_all(tmp_path)
     page = (tmp_path / "REPORT.md").read_text()
     assert "is lowest at step 1,000, 1.850; " in page
-    assert "minGRU after 1,000, so it takes 1.0 times as many." in page
+    assert "minGRU after 1,000 (the Transformer: 1.0 times as many)." in page
     assert "overfits: minGRU (by 0.100), Transformer (by 0.100)." in page
 
 
