@@ -258,7 +258,7 @@ def write_all(results_dir: str | Path) -> list[Path]:
             if not any(entry.done for entry in found):
                 continue
             suffix = "" if profile == "paper" else f"_{profile}"
-            if not TABLES[table].panels and TABLES[table].column is None:
+            if TABLES[table].column is None and not panels_of(table, found):
                 continue
             if found[0].metric.key == "test_score":
                 figures = {

@@ -159,6 +159,15 @@ TABLES = {
         more=DECISION_COLUMNS,
         wide=True,
     ),
+    "decision_variants": Table(
+        title="Decision RNNs: what the choices are worth",
+        caption="minGRU on local/hopper-medium-replay. As above: windows padded on the right, which no model sees; "
+        "three tokens a step; the state carried through the episode. Padded on the left, as the published code does, "
+        "padding runs through the recurrence.",
+        column=None,
+        settings=DECISION_SCALE,
+        more=DECISION_COLUMNS,
+    ),
     "table3_d4rl": Table(
         title="Table 3: D4RL",
         caption="Policies learned from D4RL's own datasets. Recurrent models carry their state through the episode, DT "
@@ -241,6 +250,11 @@ def _decision(table: str, source: str, model: str, dataset: str, order: int, pro
     return Cell(table, model, dataset, "score", "decision", settings, order, paper, profiles=profiles)
 
 
+def _variant(order: int, row: str, *overrides: str) -> Cell:
+    settings = ("model=mingru", "data.dataset=local/hopper-medium-replay", *overrides)
+    return Cell("decision_variants", row, "score", "score", "decision", settings, order, profiles=("cpu",))
+
+
 def _language(order: int, row: str, *scaled: str, model: str | None = None) -> Cell:
     return Cell(
         "charlm", row, "loss", "val_loss_nats", "charlm", (f"model={model or row.lower()}",), order,
@@ -288,6 +302,10 @@ CELLS = (
         for model in DECISION_MODELS
     ),
     Cell("decision_local", "minGRU", "hopper-random", "score", "decision", ("model=mingru",), 300, profiles=("smoke",)),
+    _variant(330, "as above", "eval.context=null"),
+    _variant(331, "looks back 20 steps"),
+    _variant(332, "padded on the left, looks back 20 steps", "data.padding=left"),
+    _variant(333, "one token a step", "eval.context=null", "data.tokens=1"),
     _layers(40, "minLSTM", "minlstm", 1),
     _layers(60, "minLSTM", "minlstm", 2),
     _layers(20, "minLSTM", "minlstm", 3),

@@ -42,7 +42,7 @@ def test_lock_pins_every_requirement_within_its_bounds():
     extras = PROJECT["optional-dependencies"]
     wanted = PROJECT["dependencies"] + extras["onnx"] + extras["bench"] + extras["experiments"] + extras["dev"][1:]
     for requirement in wanted:
-        name, bound = re.match(r"([\w-]+)>=([\d.]+)", requirement).groups()
+        name, bound = re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", requirement).groups()
         assert numbers(pins[name.lower()]) >= numbers(bound), requirement
 
 
