@@ -30,8 +30,8 @@ METRICS = {
     "test_accuracy_percent": Metric("test_accuracy", "test accuracy per token", "%", 100),
     "val_loss_nats": Metric("val_loss", "validation loss per character", "nats", digits=3, higher_is_better=False),
     "whole_loss_nats": Metric("test_loss", "loss of all validation text", "nats", digits=3, higher_is_better=False),
-    "score": Metric("test_score", "score (percent of an expert, D4RL's normalisation)"),
-    "best_evaluation": Metric("val_score", "score of the best evaluation in training"),
+    "score": Metric("test_score", "score", "% of an expert"),  # D4RL's normalisation
+    "best_evaluation": Metric("val_score", "score of the best evaluation in training", "% of an expert"),
     "steps": Metric("step", "step", digits=0),
     "tokens_per_second": Metric("tokens_per_second", "training speed", "tokens/s", digits=0),
 }
