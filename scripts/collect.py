@@ -68,13 +68,10 @@ class Recipe:
     checkpoints: int = 50
 
 
-# The library's max_grad_norm of 0.5 is for policy and value together: the value's gradient leaves the policy little, and
-# some seeds stay at a poor one for long.
 PPO = {
     "n_steps": 256,
     "batch_size": 128,
     "learning_rate": 1e-3,
-    "max_grad_norm": 5.0,
     "policy_kwargs": {"optimizer_kwargs": {"fused": True}},
 }
 RECIPES = {

@@ -59,7 +59,7 @@ def curves(panels: list[Panel], curve: str, scale: float = 1) -> Figure:
     across = min(2, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(3.5 * across, 2.7 * down), layout="constrained")
-    axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
+    axes = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat)
     for ax, (title, models) in zip(axes, panels, strict=False):
         for i, (name, done) in enumerate(models.items()):
             if done:
@@ -69,7 +69,7 @@ def curves(panels: list[Panel], curve: str, scale: float = 1) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.xaxis.set_major_formatter(EngFormatter(sep="") if ax.get_xlim()[1] > 2e4 else StrMethodFormatter("{x:,.0f}"))
         ax.tick_params(labelbottom=True)
-    for ax in list(axes)[len(panels) :]:
+    for ax in axes[len(panels) :]:
         ax.remove()
     return figure
 

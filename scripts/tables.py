@@ -215,7 +215,8 @@ def caption(table: str, profile: str, found: list[Entry]) -> str:
     if own:
         text += f"{'The paper' if shown.published == 'paper' else shown.published}'s scale: {scale}. "
     else:
-        text += f"Scaled down (profile {profile}): {scale}. The paper's values are those of its own scale. "
+        text += f"Scaled down (profile {profile}): {scale}. "
+        text += "The paper's values are those of its own scale. " if any(entry.paper for entry in found) else ""
     return text + f"Run on {'; '.join(machines(records))}."
 
 
