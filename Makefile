@@ -25,9 +25,10 @@ test: $(VENV)/installed  ## run the tests, on the GPU too where there is one
 	$(BIN)/python -m pytest -n auto
 
 .PHONY: reproduce-all
-reproduce-all: $(VENV)/installed  ## every run, table, figure and the report; PROFILE=smoke|cpu|paper SEEDS=3 BUDGET=20m RESULTS=dir
+reproduce-all: $(VENV)/installed  ## every run, table, figure and the report; PROFILE=smoke|cpu|paper SEEDS=3 BUDGET=20m ONLY=charlm RESULTS=dir
 	$(BIN)/python -m scripts.reproduce $(if $(PROFILE),--profile $(PROFILE)) $(if $(SEEDS),--seeds $(SEEDS)) \
-		$(if $(BUDGET),--budget $(BUDGET)) $(if $(WORKERS),--workers $(WORKERS)) $(INTO) $(ARGS)
+		$(if $(BUDGET),--budget $(BUDGET)) $(if $(WORKERS),--workers $(WORKERS)) $(if $(ONLY),--only "$(ONLY)") \
+		$(INTO) $(ARGS)
 
 .PHONY: tables figures report
 tables: $(VENV)/installed  ## results/tables from the records, in seconds

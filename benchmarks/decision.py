@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from experiments.machine import keep_freed_memory
+from experiments.measure import seconds, summary
 from minrnn.mixers import make
 from minrnn.models import DecisionModel, parameter_groups
-
-from .measure import seconds, summary
 
 # Decision Transformer's sizes on Hopper.
 STATE, ACTION, DIM, LAYERS, CONTEXT, BATCH = 11, 3, 128, 3, 20, 64

@@ -17,12 +17,12 @@ import torch
 
 import minrnn
 from experiments.machine import commit, hardware, versions
+from experiments.measure import copy_bandwidth, relative_error, seconds, summary
 from minrnn.ops.cells import CELLS
 from minrnn.ops.scan import scan
 
 from . import tables
 from .decision import decision
-from .measure import copy_bandwidth, relative_error, seconds, summary
 from .training import language, training
 
 KERNEL_SHAPES = {

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from experiments.machine import keep_freed_memory
+from experiments.measure import relative_error, seconds, summary
 from minrnn.mixers import Mixer, make
 from minrnn.models import TokenModel, parameter_groups
 from minrnn.ops.scan import scan
-
-from .measure import relative_error, seconds, summary
 
 BATCH, MICRO_BATCHES, MARKERS, VOCAB = 64, 2, 16, 16
 DIM, LAYERS, EXPANSION = 64, 3, 6

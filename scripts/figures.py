@@ -5,6 +5,7 @@ against steps and time; `table1_layers[_<profile>]` the number of layers. The sa
 byte, under one version of matplotlib.
 """
 
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -249,10 +250,36 @@ def layers(table: str, profile: str, found: list[Entry]) -> Figure:
     return figure
 
 
+def policy_step(rows: list[dict]) -> Figure:
+    """Of the benchmark's decision model: what one more step of an episode costs after so many."""
+    figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+    ax = figure.subplots()
+    rows = [row for row in rows if row["kind"] == "policy"]
+    names = {"minrnn": "minGRU, from its state", "Transformer": "Transformer, reads all again"}
+    for (name, label), style in zip(names.items(), STYLES, strict=False):
+        ax.plot([row["shape"][1] for row in rows], [row[name]["median_ms"] for row in rows], **style, label=label)
+    ax.set(
+        xscale="log", yscale="log", xlabel="steps seen so far", ylabel=f"a step of {rows[0]['shape'][0]} episodes, ms"
+    )
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    _head(ax, "", columns=2)
+    return figure
+
+
 def write_all(results_dir: str | Path) -> list[Path]:
     """Returns the files for reading (png)."""
     written = []
     folder = Path(results_dir) / "figures"
+
+    def save(figures: dict[str, Figure]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            # Without the date, so that a file changes with its records only.
+            figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+            figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": None})
+            written.append(folder / f"{name}.png")
+
     with matplotlib.rc_context(SETTINGS):
         for table, profile, found in measured_tables(load(results_dir)):
             if not any(entry.done for entry in found):
@@ -275,12 +302,11 @@ def write_all(results_dir: str | Path) -> list[Path]:
                     f"{table}_accuracy{suffix}": accuracy_against_steps(table, found),
                     f"{table}_loss{suffix}": loss_against_steps(table, found),
                 }
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, figure in figures.items():
-                # Without the date, so that a file changes with its records only.
-                figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-                figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": None})
-                written.append(folder / f"{name}.png")
+            save(figures)
+        for path in sorted((Path(results_dir) / "bench").glob("*.json")):
+            parts = json.loads(path.read_text())
+            if "decision" in parts:
+                save({f"bench_policy_step_{path.stem}": policy_step(parts["decision"]["rows"])})
     return written
 
 

@@ -380,7 +380,9 @@ def main() -> int:
     if arguments.output_dir is None:  # a checkpoint of one folder's run is not another's
         arguments.output_dir = "outputs" if arguments.results_dir == "results" else f"{arguments.results_dir}/outputs"
     workers = arguments.workers or (1 if has_gpu() else cores())
-    plan = runs(profile, arguments.seeds)
+    plan = [run for run in runs(profile, arguments.seeds) if _wanted(run, arguments.only)]
+    if not plan:
+        sys.exit(f"error: --only: no run of profile {profile} has {arguments.only!r} in its name; --list names all")
     settings = [
         f"results_dir={arguments.results_dir}",
         f"output_dir={arguments.output_dir}",
@@ -448,17 +450,34 @@ def collect(planner: Planner) -> None:
 
 
 def leave_without_data(planner: Planner) -> list[Run]:
-    """The runs whose file is nowhere and cannot be fetched: said once, and left out."""
+    """The runs whose file is nowhere and cannot be fetched, or is not that of the records: said once, and left out."""
     waiting = []
     for name, runs_of_it in needed(planner).items():
         try:
-            if not name.startswith("local/"):
+            if name.startswith("local/"):
+                same_as_before(planner, name)
+            else:
                 data.find(name)
         except data.DataError as error:
             print(f"{len(runs_of_it)} runs wait for data: {error}", flush=True)
             waiting += runs_of_it
     planner.runs = [run for run in planner.runs if run not in waiting]
     return waiting
+
+
+def same_as_before(planner: Planner, dataset: str) -> None:
+    """A local dataset is made anew on each machine; scores on two of one name are not joined in one table."""
+    path = data.locate(f"{dataset}.hdf5")
+    if path is None:
+        return  # its runs will say so
+    found = data.sha256(path)
+    for record in planner.known.values():
+        before = record.get("facts", {}).get("dataset_sha256", found)
+        if record["config"]["data"].get("dataset") == dataset and before != found:
+            raise data.DataError(
+                f"{path} is not the file of record {record['run_id']} (sha256 {before[:12]}, got {found[:12]}); to do "
+                f"them all on this one, give another results folder, or remove the records of {dataset}"
+            )
 
 
 def parse() -> argparse.Namespace:
@@ -477,12 +496,17 @@ def parse() -> argparse.Namespace:
         "--output-dir", help="checkpoints and logs (outputs; of other results than results: their own outputs)"
     )
     parser.add_argument("--logger", choices=("wandb", "none"), default="wandb", help="of each run (wandb, offline)")
+    parser.add_argument("--only", metavar="TEXT", help='runs whose name has this in it: charlm, "minGRU, layers 3"')
     parser.add_argument("--list", action="store_true", help="say what is done and what is left, and end")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value",
         help="for every run; settings that change no result only: wandb.mode=online compile=true micro_batches=1",
     )  # fmt: skip
     return parser.parse_args()
+
+
+def _wanted(run: Run, only: str | None) -> bool:
+    return only is None or any(only.lower() in label.lower() for label in run.labels)
 
 
 def _count(text: str) -> int:

@@ -75,6 +75,16 @@ def load(results_dir: str | Path) -> Records:
                 f"record {record['run_id']}: its settings are those of run {run_id(record['config'])} by now "
                 "(a default has changed); remove it to have it done again"
             )
+    files: dict[tuple[str, str], dict[str, Any]] = {}  # a record of each dataset
+    for record in found:
+        if "dataset_sha256" in record.get("facts", {}):
+            name = record["config"]["data"]["dataset"]
+            first = files.setdefault((record["profile"], name), record)
+            if record["facts"]["dataset_sha256"] != first["facts"]["dataset_sha256"]:
+                raise RecordError(
+                    f"records {first['run_id']} and {record['run_id']} are of two files {name}: their scores are not "
+                    "joined; remove those of one"
+                )
     return {record["run_id"]: record for record in found}
 
 

@@ -339,6 +339,49 @@ def test_runs_whose_file_is_nowhere_are_left_out(tmp_path, monkeypatch, capsys):
     assert reproduce.leave_without_data(reproduce.Planner(runs, str(tmp_path), "", lambda *_: [])) == []
 
 
+def test_scores_on_two_files_of_one_name_are_not_joined(tmp_path, monkeypatch):
+    first, second = find("cpu", "DT, dataset hopper-medium", 2, "decision")
+    put(tmp_path / "a", make_record(first, 0.5, facts={"dataset_sha256": "old"}))
+    planner = reproduce.Planner([first, second], str(tmp_path / "a"), "", lambda *_: [])
+    monkeypatch.setenv("MINRNN_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # data/ is looked for here too
+    assert reproduce.leave_without_data(planner) == []  # there is no file
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/hopper-medium.hdf5").write_text("new")
+    assert reproduce.leave_without_data(planner) == [second] and planner.runs == [first]
+    monkeypatch.setattr(data, "sha256", lambda path: "old")
+    assert (
+        reproduce.leave_without_data(reproduce.Planner([first, second], str(tmp_path / "a"), "", lambda *_: [])) == []
+    )
+    put(tmp_path / "a", make_record(second, 0.5, facts={"dataset_sha256": "new"}))
+    with pytest.raises(records.RecordError, match="of two files local/hopper-medium: .* not joined"):
+        tables.load(tmp_path / "a")
+
+
+def test_only_some_runs_are_asked_for():
+    def labels(only):
+        return {run.label for run in plan.runs("cpu", 1) if reproduce._wanted(run, only)}
+
+    assert labels("Layers 3") == {"selective_copy: minGRU, layers 3", "selective_copy: minLSTM, layers 3"}
+    assert labels("hopper-medium-replay") == {  # one fills a cell of another table too
+        f"decision: {model}, dataset hopper-medium-replay" for model in plan.DECISION_MODELS
+    }
+    assert "decision: minGRU, dataset hopper-medium-replay" in labels("as above")
+    assert labels(None) == {run.label for run in plan.runs("cpu", 1)} and not labels("mingru, layers 4")
+
+
+def test_the_step_of_a_policy_is_drawn_from_the_benchmark(tmp_path):
+    rows = [
+        {"kind": "policy", "shape": [60, n], "minrnn": {"median_ms": 2.0}, "Transformer": {"median_ms": 1.5 * n}}
+        for n in (1, 20)
+    ]
+    records.write_json(tmp_path / "bench/cpu.json", {"decision": {"rows": [{"kind": "training"}, *rows]}})
+    assert [path.name for path in figures.write_all(tmp_path)] == ["bench_policy_step_cpu.png"]
+    ours, theirs = figures.policy_step(rows).axes[0].lines
+    assert list(ours.get_xdata()) == [1, 20]
+    assert list(ours.get_ydata()) == [2, 2] and list(theirs.get_ydata()) == [1.5, 30]
+
+
 def test_without_torch_and_twice_the_same(tmp_path):
     fill(tmp_path / "results", "paper")
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
@@ -352,7 +395,7 @@ def test_without_torch_and_twice_the_same(tmp_path):
     assert "table2_selective_copy_loss.png" in call("scripts.figures")
     assert "REPORT.md" in call("scripts.report")
     assert "figures/table2_selective_copy_accuracy.png" in (tmp_path / "results/REPORT.md").read_text()
-    assert "97 of 97 runs done, 0 left" in call("scripts.reproduce", "--profile", "paper", "--list")
+    assert "133 of 133 runs done, 0 left" in call("scripts.reproduce", "--profile", "paper", "--list")
     files = sorted(path for path in (tmp_path / "results").rglob("*") if path.is_file() and "runs" not in path.parts)
     before = {path: path.read_bytes() for path in files}
     for module in (tables, figures, report):
