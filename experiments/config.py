@@ -250,9 +250,10 @@ class DecisionData:
     context: int = 20  # steps of a training window
     tokens: int = 3  # of a step: return, state, action, one after another; or 1, their sum
     padding: str = "right"  # which no model sees; or left, which runs through a recurrence, as in the published code
+    time_std: float = 0.02  # time embeddings start from N(0, time_std); in the published code from N(0, 1)
 
     def __post_init__(self):
-        positive(self, "data", "context")
+        positive(self, "data", "context", "time_std")
         one_of(self, "data", "tokens", (1, 3))
         one_of(self, "data", "padding", ("right", "left"))
 
@@ -279,7 +280,59 @@ class Decision(Run):
     eval: DecisionEval = field(default_factory=DecisionEval)
 
 
-EXPERIMENTS = {"selective_copy": SelectiveCopy, "charlm": CharLM, "decision": Decision}
+TASKS = ("train", "forward", "context", "step", "parameters")
+
+
+@dataclass
+class EfficiencyData:
+    """What is measured: every layer at every length, batch size and width, and how long.
+
+    Tasks: `train` is forward, loss and backward; `forward` that alone; `context` reads a sequence and gives what comes
+    after one token more; `step` gives what comes after one token, so many having been read; `parameters` counts.
+    """
+
+    part: str = "train"  # its name, chosen by part=<a file of configs/efficiency/part>
+    task: str = "train"
+    lengths: list[int] = field(default_factory=lambda: [2**i for i in range(6, 17)])
+    batch_sizes: list[int] = field(default_factory=lambda: [64])
+    widths: list[int] = field(default_factory=lambda: [128])
+    dtype: str = "float32"  # or bfloat16, float16; half: bfloat16, and float16 on a GPU older than sm_80
+    memory: bool = False  # the peak too; on a CPU of each layer in a process of its own
+    layers: list[str] | None = None  # None: all that are installed
+    limit: float = 10.0  # seconds: what takes longer once is noted as a time-out, longer sequences of it left out
+    seconds: float = 1.0  # of a layer at a point at most, but it is run `least` times
+    least: int = 5
+    spread: float = 0.03  # of the middle half, relative to the median: less, and a point is done
+    machine: str | None = None  # as found: a number here is a machine's
+
+    def __post_init__(self):
+        one_of(self, "data", "task", TASKS)
+        one_of(self, "data", "dtype", ("float32", "bfloat16", "float16", "half"))
+        positive(self, "data", "limit", "seconds", "least")
+        for name in ("lengths", "batch_sizes", "widths"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"data.{name}: expected numbers from 1 up, got {getattr(self, name)}")
+        if self.task == "context" and min(self.lengths) < 2:
+            raise ValueError(f"data.lengths: a context has 2 tokens at least, got {min(self.lengths)}")
+
+
+@dataclass
+class Efficiency:
+    """No run of training, so it shares with Run only where, how and by whom it is run."""
+
+    experiment: str = "efficiency"
+    profile: str = "cpu"
+    seed: int = 0  # of weights and inputs
+    data: EfficiencyData = field(default_factory=EfficiencyData)
+    results_dir: str = "results"
+    output_dir: str = "outputs"
+    device: str = "auto"
+    threads: int | None = None
+    progress: bool = True
+    budget: float | None = None  # seconds from the start of the process, which a sweep shares
+
+
+EXPERIMENTS = {"selective_copy": SelectiveCopy, "charlm": CharLM, "decision": Decision, "efficiency": Efficiency}
 
 
 def register() -> None:
@@ -318,7 +371,7 @@ def run_id(config: dict[str, Any]) -> str:
     """
     identity = {"experiment": config["experiment"], "seed": config["seed"]}
     defaults = EXPERIMENTS[config["experiment"]]()
-    for section in SECTIONS:
+    for section in set(SECTIONS) & set(config):
         default = MODELS[config["model"]["name"]]() if section == "model" else getattr(defaults, section)
         places = {f.name for f in fields(default) if f.metadata == NO_ID}
         identity[section] = {

@@ -73,7 +73,7 @@ def execute(cfg: Run, build: Callable[[Run, torch.device], Task]) -> str:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = run_id(dataclasses.asdict(cfg))
     path = records.record_path(cfg.results_dir, cfg.experiment, name)
-    device = _device(cfg)
+    device = device_of(cfg)
     with records.claim(path.parent) if rank == 0 else contextlib.nullcontext() as mine, _processes(cfg, device, world):
         found = records.read_record(path)
         outcome = found["status"] if records.is_final(found) else None if mine else "busy"
@@ -193,7 +193,7 @@ def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, 
         if rank == 0:
             raw.eval()
             with torch.inference_mode(), _autocast(device, train.precision):
-                values = {f"{split}_{key}": value for key, value in task.evaluate(raw, split).items()}
+                values = {f"{split}_{key}": float(value) for key, value in task.evaluate(raw, split).items()}
             raw.train()
         return _from_first(values, world)
 
@@ -210,7 +210,7 @@ def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, 
     began, clock = time.monotonic() - state.seconds, time.perf_counter()
     saved_at, total = time.monotonic(), torch.full((), state.loss_sum, device=device)
     raw.train()
-    with _told_to_stop() as stop, log, progress:
+    with told_to_stop() as stop, log, progress:
         while state.step < steps and not (train.patience and state.since_best >= train.patience):
             factor = lr_factor(train, state.step)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -295,7 +295,7 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
-def _device(cfg: Run) -> torch.device:
+def device_of(cfg: Run) -> torch.device:
     """This process's, set as the current one; and the number of threads."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -350,7 +350,7 @@ def _mean(total: Tensor, world: int) -> float:
 
 
 @contextlib.contextmanager
-def _told_to_stop() -> Iterator[Any]:
+def told_to_stop() -> Iterator[Any]:
     """SIGTERM and SIGINT ask for a stop at the next checkpoint; a second SIGINT stops at once."""
 
     class Stop:

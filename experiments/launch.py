@@ -25,7 +25,7 @@ from .data import DataError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SEARCH = f"hydra.searchpath=[file://{CONFIGS}]"
-GROUPS = ("model", "profile", "launcher")
+GROUPS = ("model", "part", "profile", "launcher")
 WRONG, UNFINISHED = 2, 75
 _outcomes: list[str] = []
 UNFINISHED_OUTCOMES = {"paused", "stopped", "busy"}

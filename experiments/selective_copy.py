@@ -55,15 +55,18 @@ def evaluate(cfg: SelectiveCopy, device: torch.device, model: nn.Module, split: 
     return {"loss": total.item() / cfg.eval.batches, "accuracy": right.item() / cfg.eval.batches}
 
 
-def task(cfg: SelectiveCopy, device: torch.device) -> engine.Task:
+def model(cfg: SelectiveCopy) -> TokenModel:
     length, vocab = cfg.data.length + cfg.data.tokens, cfg.data.vocab
-    model = TokenModel(vocab, vocab, mixer=make(**cfg.model.mixer(length)), **cfg.model.backbone(length))
+    return TokenModel(vocab, vocab, mixer=make(**cfg.model.mixer(length)), **cfg.model.backbone(length))
+
+
+def task(cfg: SelectiveCopy, device: torch.device) -> engine.Task:
     return engine.Task(
-        model=model.to(device),
+        model=model(cfg).to(device),
         batch=lambda step: sequences(cfg.data, cfg.train.batch_size, train_seed(cfg.seed, step), device),
         loss=loss,
         evaluate=partial(evaluate, cfg, device),
-        tokens=cfg.train.batch_size * length,
+        tokens=cfg.train.batch_size * (cfg.data.length + cfg.data.tokens),
     )
 
 

@@ -219,6 +219,8 @@ class DecisionModel(nn.Module):
         tokens: of a step: 3, return, state and action one after another as published, the action being read after the
             state; or 1, the sum of the embeddings of return, state and the action before.
         init: as for `TokenModel`.
+        time_std: the time embeddings start from N(0, time_std). The published code's start from N(0, 1) and drown the
+            state, which a Linear makes half as large, until that is unlearned: short training may not suffice.
     """
 
     def __init__(
@@ -231,6 +233,7 @@ class DecisionModel(nn.Module):
         steps: int = 1000,
         tokens: int = 3,
         init: str = "torch",
+        time_std: float = 0.02,
         **settings: Any,
     ):
         super().__init__()
@@ -248,6 +251,8 @@ class DecisionModel(nn.Module):
         self.head = nn.Linear(dim, action_size)
         if init == "gpt2":
             init_as_gpt2(self, layers)
+        with torch.no_grad():
+            self.embed_time.weight.mul_(time_std / (0.02 if init == "gpt2" else 1))  # to that from what it has
 
     def forward(self, returns: Tensor, states: Tensor, actions: Tensor, times: Tensor) -> Tensor:
         """Actions (B, K, A) for K steps in a row, each from those before it.

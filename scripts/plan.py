@@ -162,8 +162,8 @@ TABLES = {
     "decision_variants": Table(
         title="Decision RNNs: what the choices are worth",
         caption="minGRU on local/hopper-medium-replay. As above: windows padded on the right, which no model sees; "
-        "three tokens a step; the state carried through the episode. Padded on the left, as the published code does, "
-        "padding runs through the recurrence.",
+        "three tokens a step; the state carried through the episode; time embeddings start from N(0, 0.02). Padded on "
+        "the left, as the published code does, padding runs through the recurrence; its times start from N(0, 1).",
         column=None,
         settings=DECISION_SCALE,
         more=DECISION_COLUMNS,
@@ -253,8 +253,12 @@ def _decision(table: str, source: str, model: str, dataset: str, order: int, pro
 SCALES = ("cpu", "paper")
 
 
+WALKER = "data.dataset=local/walker2d-medium"
+
+
 def _variant(order: int, row: str, *overrides: str) -> Cell:
-    settings = ("model=mingru", "data.dataset=local/hopper-medium-replay", *overrides)
+    dataset = () if any("data.dataset" in o for o in overrides) else ("data.dataset=local/hopper-medium-replay",)
+    settings = ("model=mingru", *dataset, *overrides)
     return Cell("decision_variants", row, "score", "score", "decision", settings, order, profiles=("cpu",))
 
 
@@ -309,6 +313,9 @@ CELLS = (
     _variant(381, "looks back 20 steps"),
     _variant(382, "padded on the left, looks back 20 steps", "data.padding=left"),
     _variant(383, "one token a step", "eval.context=null", "data.tokens=1"),
+    _variant(384, "times start from N(0, 1)", "eval.context=null", "data.time_std=1"),
+    _variant(580, "walker2d-medium, as above", "eval.context=null", WALKER),
+    _variant(581, "walker2d-medium, times start from N(0, 1)", "eval.context=null", "data.time_std=1", WALKER),
     _layers(40, "minLSTM", "minlstm", 1),
     _layers(60, "minLSTM", "minlstm", 2),
     _layers(20, "minLSTM", "minlstm", 3),

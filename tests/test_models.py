@@ -10,7 +10,7 @@ from experiments.config import MODELS
 from experiments.launch import resolve
 from minrnn.mixers import GRUMixer, LSTMMixer, MinGRUMixer, MinLSTMMixer, make
 from minrnn.mixers.base import state_map
-from minrnn.models import Backbone, RMSNorm, TokenModel
+from minrnn.models import Backbone, DecisionModel, RMSNorm, TokenModel
 
 NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs/model").glob("*.yaml"))
 RECURRENT = [name for name in NAMES if "hyena" not in name]
@@ -173,6 +173,15 @@ def test_attention_and_mlp_are_nanogpts_written_out():
             x = x + hidden @ mlp[3].weight.T
         expected = norm(x, model.backbone.norm.weight) @ model.head.weight.T
     close(model(TOKENS)[0], expected)
+
+
+@pytest.mark.parametrize("init", ["torch", "gpt2"])
+def test_times_start_small_beside_states(init):
+    torch.manual_seed(0)
+    net = DecisionModel(11, 3, 64, 1, make("mingru", expansion=1), init=init)
+    assert net.embed_time.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    net = DecisionModel(11, 3, 64, 1, make("mingru", expansion=1), init=init, time_std=1.0)
+    assert net.embed_time.weight.std().item() == pytest.approx(1, rel=0.02)
 
 
 def test_gpt2s_initial_values():

@@ -130,14 +130,19 @@ def whole_loss(cfg: CharLM, part: Tensor, model: nn.Module) -> float:
     return total / (len(part) - 1)
 
 
+def model(cfg: CharLM, vocab: int) -> TokenModel:
+    """For so many characters."""
+    block = cfg.data.block
+    return TokenModel(vocab, vocab, mixer=make(**cfg.model.mixer(block)), **cfg.model.backbone(block))
+
+
 def task(cfg: CharLM, device: torch.device) -> engine.Task:
     if cfg.model.name == "attention" and not cfg.model.positions:
         raise ValueError("model: attention alone knows no order; model=transformer has positions")
     text = read(cfg, device)
-    block, vocab = cfg.data.block, len(text.vocabulary)
-    model = TokenModel(vocab, vocab, mixer=make(**cfg.model.mixer(block)), **cfg.model.backbone(block))
+    block = cfg.data.block
     return engine.Task(
-        model=model.to(device),
+        model=model(cfg, len(text.vocabulary)).to(device),
         batch=lambda step: text.batch(text.train, cfg.train.batch_size, block, train_seed(cfg.seed, step)),
         loss=loss,
         evaluate=partial(evaluate, cfg, text),

@@ -58,8 +58,16 @@ def evaluate(cfg: Decision, dataset: data.Dataset, model: DecisionModel, split: 
             )
         )  # fmt: skip
     returns, lengths = (np.concatenate([pair[j].reshape(len(wanted), -1) for pair in found], 1) for j in (0, 1))
-    scores = {f"score{name}": data.normalized(dataset.env, r.mean()) for name, r in zip(wanted, returns, strict=True)}
+    means = [r.mean().item() for r in returns]
+    scores = {f"score{name}": data.normalized(dataset.env, m) for name, m in zip(wanted, means, strict=True)}
     return scores | {"return": returns[0].mean().item(), "length": lengths[0].mean().item()}
+
+
+def model(cfg: Decision, state_size: int, action_size: int) -> DecisionModel:
+    return DecisionModel(
+        state_size, action_size, mixer=make(**cfg.model.mixer(cfg.data.context * cfg.data.tokens)),
+        steps=data.EPISODE, tokens=cfg.data.tokens, time_std=cfg.data.time_std, **cfg.model.decision(),
+    )  # fmt: skip
 
 
 def task(cfg: Decision, device: torch.device) -> engine.Task:
@@ -70,22 +78,17 @@ def task(cfg: Decision, device: torch.device) -> engine.Task:
         )
     dataset = data.read(data.find(cfg.data.dataset, cfg.progress), cfg.data.dataset)
     windows = data.Windows(dataset, cfg.data.context, device)
-    length = cfg.data.context * cfg.data.tokens
-    model = DecisionModel(
-        dataset.observations.shape[1], dataset.actions.shape[1], mixer=make(**cfg.model.mixer(length)),
-        steps=data.EPISODE, tokens=cfg.data.tokens, **cfg.model.decision(),
-    )  # fmt: skip
 
     def batch(step: int) -> tuple[Tensor, ...]:
         found = windows.batch(cfg.train.batch_size, train_seed(cfg.seed, step))
         return windows.left_padded(found) if cfg.data.padding == "left" else found
 
     return engine.Task(
-        model=model.to(device),
+        model=model(cfg, dataset.observations.shape[1], dataset.actions.shape[1]).to(device),
         batch=batch,
         loss=loss,
         evaluate=partial(evaluate, cfg, dataset),
-        tokens=cfg.train.batch_size * length,
+        tokens=cfg.train.batch_size * cfg.data.context * cfg.data.tokens,
         select="score",
         facts={"dataset_sha256": dataset.sha256, "dataset": dataset.metadata},
     )

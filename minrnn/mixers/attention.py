@@ -33,13 +33,13 @@ class Attention(Mixer):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """As `Mixer.forward`; the state is the pair of keys and values, (B, heads, steps so far, D / heads) each."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        mask = None
-        if state is not None:
-            before = state[0].shape[2]
+        mask, before = None, 0 if state is None else state[0].shape[2]
+        if before:
             k, v = (torch.cat([past.to(now.dtype), now], 2) for past, now in zip(state, (k, v), strict=True))
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(before)
+            if q.shape[2] > 1:  # a single one sees all
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(before)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=not before)
         return self.out(y.transpose(1, 2).flatten(2)), None if state is None else (k, v)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:

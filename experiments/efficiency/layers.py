@@ -1,0 +1,243 @@
+"""The layers that are compared, under one interface, and what each is checked against before it is timed.
+
+B batch, T time, D width: each takes (B, T, D) and gives as much. minGRU and minLSTM have no recurrent matrix, Mamba
+and attention have projections before and after; equal widths are not equal parameters.
+"""
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import minrnn
+from minrnn.mixers import make
+
+from ..measure import relative_error
+
+State = Any  # a layer's own
+
+
+class LoopGRU(nn.GRU):
+    """torch.nn.GRU's weights and result, step by step in plain PyTorch, as the paper times its GRU."""
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T, D) and (B, D) to (B, T, D) and (B, D)."""
+        h = x.new_zeros(x.shape[0], self.hidden_size) if h is None else h
+        states = []
+        for x_t in x.unbind(1):
+            h = self.step(x_t, h)
+            states.append(h)
+        return torch.stack(states, 1), h
+
+    def step(self, x_t: Tensor, h: Tensor) -> Tensor:
+        from_x = F.linear(x_t, self.weight_ih_l0, self.bias_ih_l0).chunk(3, -1)
+        from_h = F.linear(h, self.weight_hh_l0, self.bias_hh_l0).chunk(3, -1)
+        reset, keep = (torch.sigmoid(a + b) for a, b in zip(from_x[:2], from_h[:2], strict=True))
+        return torch.lerp(torch.tanh(from_x[2] + reset * from_h[2]), h, keep)
+
+
+class LoopLSTM(nn.LSTM):
+    """torch.nn.LSTM's, likewise."""
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """(B, T, D) and two (B, D) to (B, T, D) and two (B, D)."""
+        state = (x.new_zeros(x.shape[0], self.hidden_size),) * 2 if state is None else state
+        states = []
+        for x_t in x.unbind(1):
+            state = self.step(x_t, state)
+            states.append(state[0])
+        return torch.stack(states, 1), state
+
+    def step(self, x_t: Tensor, state: State) -> State:
+        h, c = state
+        gates = F.linear(x_t, self.weight_ih_l0, self.bias_ih_l0) + F.linear(h, self.weight_hh_l0, self.bias_hh_l0)
+        add, keep, new, show = gates.chunk(4, -1)
+        c = torch.sigmoid(keep) * c + torch.sigmoid(add) * torch.tanh(new)
+        return torch.sigmoid(show) * torch.tanh(c), c
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One that is compared.
+
+    Attributes:
+        build: of D; a module in float32 on the CPU.
+        read: of the module and (B, T, D); the output and the state after it.
+        step: of the module, (B, D) and a state; the output and the state after it. None: it is another layer's.
+        exact: of the module; a function that gives the output for (B, T, D) in float64 on the CPU by other means.
+        tolerance: relative, of float32 against that, and of 16 bits.
+    """
+
+    build: Callable[[int], nn.Module]
+    read: Callable[[nn.Module, Tensor], tuple[Tensor, State]]
+    step: Callable[[nn.Module, Tensor, State], tuple[Tensor, State]] | None
+    exact: Callable[[nn.Module], Callable[[Tensor], Tensor]]
+    tolerance: tuple[float, float] = (1e-5, 5e-2)
+
+
+def _of(cls: type[nn.Module], net: nn.Module, **settings: Any) -> nn.Module:
+    """One of another class with the same weights, in float64 on the CPU."""
+    width, weights = net.hidden_size, {name: value.double().cpu() for name, value in net.state_dict().items()}
+    found = cls(width, width, batch_first=True, dtype=torch.float64, **settings)
+    found.load_state_dict(weights)
+    return found
+
+
+def _first(net: Callable[[Tensor], tuple[Tensor, State]]) -> Callable[[Tensor], Tensor]:
+    return lambda x: net(x)[0]
+
+
+def _minimal(cls: type[nn.Module], backend: str, **limits: Any) -> Layer:
+    def step(net: nn.Module, x_t: Tensor, h: State) -> tuple[Tensor, State]:
+        h = net.step(x_t, h)
+        return h[-1], h
+
+    return Layer(
+        build=lambda dim: cls(dim, dim, batch_first=True, backend=backend),
+        read=lambda net, x: net(x),
+        step=step if backend == "auto" else None,
+        exact=lambda net: _first(_of(cls, net, backend="reference")),
+        **limits,
+    )
+
+
+def _peer(dim: int) -> nn.Module:
+    from minGRU_pytorch import minGRU
+
+    return minGRU(dim)
+
+
+def _peer_step(net: nn.Module, x_t: Tensor, h: State) -> tuple[Tensor, State]:
+    out, h = net(x_t[:, None], h, return_next_prev_hidden=True)
+    return out[:, 0], h
+
+
+def _peer_exact(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    """It has no bias, and stacks candidate and gate the other way round."""
+    candidate, gate = net.to_hidden_and_gate.weight.detach().double().cpu().chunk(2)
+    width = len(gate)
+    loop = minrnn.MinGRU(width, width, bias=False, batch_first=True, dtype=torch.float64, backend="reference")
+    loop.load_state_dict({"weight_ih_l0": torch.cat([gate, candidate])})
+    return _first(loop)
+
+
+def _recurrent(cls: type[nn.Module], other: type[nn.Module]) -> Layer:
+    """torch's layer, or its loop; each is held to the other."""
+
+    def step(net: nn.Module, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        if hasattr(net, "step"):
+            state = net.step(x_t, state)
+            return state[0] if isinstance(state, tuple) else state, state
+        out, state = net(x_t[:, None], state)
+        return out[:, 0], state
+
+    return Layer(
+        build=lambda dim: cls(dim, dim, batch_first=True),
+        read=lambda net, x: net(x),
+        step=step,
+        exact=lambda net: _first(_of(other, net)),
+    )
+
+
+def _mixer(name: str, **settings: Any) -> Layer:
+    def read(net: nn.Module, x: Tensor) -> tuple[Tensor, State]:
+        # In training no state is asked for: some pay for it.
+        return net(x, None if torch.is_grad_enabled() else net.initial_state(x.shape[0]))
+
+    def exact(net: nn.Module) -> Callable[[Tensor], Tensor]:
+        return partial(_token_by_token, copy.deepcopy(net).cpu().double())
+
+    return Layer(make(name, **settings), read, lambda net, x_t, state: net.step(x_t, state), exact)
+
+
+def _token_by_token(net: nn.Module, x: Tensor) -> Tensor:
+    state, outs = net.initial_state(x.shape[0]), []
+    for x_t in x.unbind(1):
+        out, state = net.step(x_t, state)
+        outs.append(out)
+    return torch.stack(outs, 1)
+
+
+def _mamba_ssm() -> Layer:
+    """state-spaces/mamba's own layer, in float32 and 16 bits, held to its own single steps."""
+
+    def step(net: nn.Module, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        out, *state = net.step(x_t[:, None], *state)
+        return out[:, 0], tuple(state)
+
+    def read(net: nn.Module, x: Tensor) -> tuple[Tensor, State]:
+        # Whatever it read, a step costs the same.
+        return net(x), None if torch.is_grad_enabled() else net.allocate_inference_cache(len(x), 1)
+
+    def exact(net: nn.Module) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            x_here = x.to(next(net.parameters()))
+            state, outs = net.allocate_inference_cache(len(x), 1), []
+            for x_t in x_here.unbind(1):
+                out, state = step(net, x_t, state)
+                outs.append(out)
+            return torch.stack(outs, 1).to(x)
+
+        return run
+
+    def build(dim: int) -> nn.Module:
+        from mamba_ssm import Mamba
+
+        return Mamba(dim)
+
+    return Layer(build, read, step, exact, (1e-3, 5e-2))
+
+
+# Log space in float32 is off by 1e-5 at T = 512 and by 1e-3 at 65536; in 16 bits it is wrong throughout (the benchmark
+# has a table of that) and timed all the same, being what a user would run.
+LOG = {"tolerance": (2e-3, float("inf"))}
+LAYERS: dict[str, Layer] = {
+    "minGRU": _minimal(minrnn.MinGRU, "auto"),
+    "minLSTM": _minimal(minrnn.MinLSTM, "auto"),
+    "minGRU, log-space": _minimal(minrnn.MinGRU, "log", **LOG),
+    "minLSTM, log-space": _minimal(minrnn.MinLSTM, "log", **LOG),
+    "minGRU-pytorch": Layer(_peer, lambda net, x: net(x, return_next_prev_hidden=True), _peer_step, _peer_exact, **LOG),
+    "GRU, loop": _recurrent(LoopGRU, nn.GRU),
+    "LSTM, loop": _recurrent(LoopLSTM, nn.LSTM),
+    "GRU, torch": _recurrent(nn.GRU, LoopGRU),
+    "LSTM, torch": _recurrent(nn.LSTM, LoopLSTM),
+    "Mamba": _mixer("ssm", inner="s6", wrapping="mamba"),
+    "mamba-ssm": _mamba_ssm(),
+    "attention": _mixer("attention"),
+}
+NEEDS = {"minGRU-pytorch": "minGRU_pytorch", "mamba-ssm": "mamba_ssm"}  # modules
+
+
+def available(device: str) -> dict[str, Layer]:
+    """Those whose packages are here, and that run on this device."""
+    here = {name: name not in NEEDS or importlib.util.find_spec(NEEDS[name]) is not None for name in LAYERS}
+    here["mamba-ssm"] &= device == "cuda"
+    return {name: layer for name, layer in LAYERS.items() if here[name]}
+
+
+def check(name: str, layer: Layer, net: nn.Module, x: Tensor) -> float:
+    """The larger relative error of the output and of the input's gradient, against float64. x is (B, T, D), short.
+
+    Raises ArithmeticError: it is too large.
+    """
+    x = x.detach().requires_grad_()
+    wide = x.detach().double().cpu().requires_grad_()
+    exact = layer.exact(net)(wide)
+    weight = torch.linspace(-1, 1, exact.numel(), dtype=torch.float64).view_as(exact)
+    expected = [exact.detach()]
+    if exact.requires_grad:  # mamba-ssm's steps are not differentiable
+        expected += torch.autograd.grad(exact, wide, weight)
+    with torch.enable_grad():
+        out = layer.read(net, x)[0]
+        found = [out.detach(), *torch.autograd.grad(out, x, weight.to(out))]
+    error = max(relative_error(a.cpu(), e) for a, e in zip(found, expected, strict=False))
+    most = layer.tolerance[x.dtype != torch.float32]
+    if not error <= most:
+        raise ArithmeticError(f"{name}: off by {error:.1e} of the result in float64, allowed {most:.0e}")
+    return error

@@ -1,0 +1,103 @@
+"""The peak of a run's memory on a CPU, by the resident size of a process of its own: what a user's would show.
+
+`main` is one that has loaded all it needs and started no thread; for each line [layer, task, dtype, threads, seconds,
+width, batch, length] it makes a copy of itself, which does that run, and says [status, bytes or the reason].
+"""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WARM = 8  # tokens, to have kernels loaded before
+USABLE = 0.9  # of the memory that is free
+
+
+def supported() -> bool:
+    return Path("/proc/self/clear_refs").exists()
+
+
+class Peaks:
+    """That process, while it is needed."""
+
+    def __enter__(self):
+        command = [sys.executable, "-c", "from experiments.efficiency.memory import main; main()"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *exception):
+        self.process.communicate()
+
+    def __call__(self, *request: Any) -> tuple[str, Any]:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return tuple(json.loads(self.process.stdout.readline()))
+
+
+def answer(layer: str, task: str, dtype: str, threads: int, seconds: float, *size: int) -> tuple[str, Any]:
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # the signal ends it, wherever it is
+        try:
+            said = ("done", peak(layer, task, dtype, threads, *size))
+        except MemoryError as error:
+            said = ("out of memory", str(error))
+        except RuntimeError as error:
+            status = "out of memory" if "can't allocate memory" in str(error) else "failed"
+            said = (status, str(error).strip().splitlines()[-1][:300])
+        except Exception as error:
+            said = ("failed", f"{type(error).__name__}: {error}"[:300])
+        os.write(write, json.dumps(said).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as file:
+        said = file.read()
+    _, status = os.waitpid(pid, 0)
+    if said:
+        return tuple(json.loads(said))
+    number = -os.waitstatus_to_exitcode(status)
+    if number == signal.SIGALRM:
+        return "time-out", f"a run took more than {seconds:g} s"
+    return ("out of memory", "killed by the system") if number == signal.SIGKILL else ("failed", f"ended by {number}")
+
+
+def peak(layer: str, task: str, dtype: str, threads: int, width: int, batch: int, length: int) -> int:
+    """Bytes."""
+    from . import work
+    from .layers import LAYERS
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    limit = _status("VmSize") + int(USABLE * _free())
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    found, dtype = LAYERS[layer], getattr(torch, dtype)
+    net = found.build(width).to(dtype)
+    work(task, found, net, torch.randn(1, WARM, width, dtype=dtype))()
+    run = work(task, found, net, torch.randn(batch, length, width, dtype=dtype))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    """Bytes, of this process."""
+    return int(re.search(rf"^{key}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024
+
+
+def _free() -> int:
+    return int(re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)[1]) * 1024
+
+
+def main() -> None:
+    for line in sys.stdin:
+        print(json.dumps(answer(*json.loads(line))), flush=True)
+
