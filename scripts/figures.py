@@ -15,29 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
+from scripts import efficiency, efficiency_figures
 from scripts.plan import TABLES
+from scripts.style import SETTINGS, STYLES, head
 from scripts.tables import Entry, command, file_name, load, measured_tables, results_dir_argument, seconds_a_step
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; dashes and markers tell them apart without any.
-STYLES = (
-    {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    {"color": "#D55E00", "linestyle": (0, (5, 2)), "marker": "s"},
-    {"color": "#009E73", "linestyle": (0, (1, 1.2)), "marker": "^"},
-    {"color": "#CC79A7", "linestyle": (0, (6, 2, 1, 2)), "marker": "D"},
-    {"color": "#555555", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "marker": "v"},
-    {"color": "#E69F00", "linestyle": (0, (8, 2, 1, 2, 1, 2)), "marker": "P"},
-)
-SETTINGS = {
-    "font.size": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "legend.fontsize": 7,
-    "legend.title_fontsize": 9,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    "pdf.fonttype": 42,
-}
 MARKERS = 8  # of a curve
 
 
@@ -65,7 +47,7 @@ def curves(panels: list[Panel], curve: str, scale: float = 1) -> Figure:
         for i, (name, done) in enumerate(models.items()):
             if done:
                 _band(ax, [record["curves"][curve] for record in done], scale, i, len(models), name)
-        _head(ax, title)
+        head(ax, title)
         ax.margins(x=0.02)
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.xaxis.set_major_formatter(EngFormatter(sep="") if ax.get_xlim()[1] > 2e4 else StrMethodFormatter("{x:,.0f}"))
@@ -73,12 +55,6 @@ def curves(panels: list[Panel], curve: str, scale: float = 1) -> Figure:
     for ax in axes[len(panels) :]:
         ax.remove()
     return figure
-
-
-def _head(ax: Axes, title: str, columns: int = 3) -> None:
-    """Title and legend above the axes, where no line can run through them."""
-    place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
-    ax.legend(title=title, ncols=columns, alignment="left", columnspacing=1.2, **place)
 
 
 def _band(ax: Axes, seeds: list[list[list[float]]], scale: float, i: int, of: int, label: str, unit: float = 1) -> None:
@@ -246,7 +222,7 @@ def layers(table: str, profile: str, found: list[Entry]) -> Figure:
     ax.set(xlim=(-0.4, len(places) - 0.6), ylim=(0, 103), xlabel=TABLES[table].column)
     ax.set_ylabel("test accuracy per token, %")
     _chance(ax, table, found)
-    _head(ax, "", columns=2)
+    head(ax, "", columns=2)
     return figure
 
 
@@ -263,7 +239,7 @@ def policy_step(rows: list[dict]) -> Figure:
     )
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    _head(ax, "", columns=2)
+    head(ax, "", columns=2)
     return figure
 
 
@@ -307,6 +283,9 @@ def write_all(results_dir: str | Path) -> list[Path]:
             parts = json.loads(path.read_text())
             if "decision" in parts:
                 save({f"bench_policy_step_{path.stem}": policy_step(parts["decision"]["rows"])})
+        for (profile, machine), parts in efficiency.load(results_dir).items():
+            ending = efficiency.slug(profile, machine)
+            save({f"efficiency_{name}_{ending}": figure for name, figure in efficiency_figures.draw(parts).items()})
     return written
 
 

@@ -1,10 +1,10 @@
 """`make gpu`: the most out of a GPU that is borrowed for minutes. `python -m scripts.gpu --budget 8m --out DIR`
 
-In this order, until the budget ends: kernel tests, kernel benchmark, then the most wanted unfinished runs of profile
-paper. All that is worth keeping lies in DIR as a few small files: state.tar.gz (records, checkpoints of unfinished
-runs, the benchmark's results), logs, summary.md. A later call with that state.tar.gz in its DIR (or `--state FILE`)
-goes on from there, and one in the same checkout does even without it. Tests and benchmark that passed for the same
-commit are not done again; each takes a third of the budget at most.
+In this order, until the budget ends: kernel tests, kernel benchmark, efficiency, then the most wanted unfinished runs
+of profile paper. All that is worth keeping lies in DIR as a few small files: state.tar.gz (records, what unfinished
+runs go on from, the benchmark's results), logs, summary.md. A later call with that state.tar.gz in its DIR (or
+`--state FILE`) goes on from there, and one in the same checkout does even without it. What comes before the runs is
+not done again for a commit for which it passed, and takes a third of the budget each at most.
 
     python -m scripts.gpu --bring-home DIR      copies the records and the benchmark from DIR into results/
 
@@ -23,11 +23,14 @@ import time
 from pathlib import Path
 
 from experiments import records
+from experiments.launch import UNFINISHED
+from scripts.efficiency import PARTS as PARTS_OF
 from scripts.reproduce import duration, has_gpu, seconds
 
 RESERVE = 20.0  # seconds of the budget, to stop and to pack
 WORK = Path("outputs/gpu")
-PARTS = {"tests": "kernel tests", "bench": "kernel benchmark"}
+KEPT = ("done.json", "points.json")
+PARTS = {"tests": "kernel tests", "bench": "kernel benchmark", "efficiency": "efficiency"}
 
 
 class Session:
@@ -104,7 +107,7 @@ class Session:
             records.write_json(WORK / "done.json", self.done)
             self.say(f"{PARTS[name]}: passed in {took}")
         else:
-            what = "not finished" if code is None else f"FAILED ({code})"
+            what = "not finished" if code in (None, UNFINISHED) else f"FAILED ({code})"
             self.say(f"{PARTS[name]}: {what} after {took}, see {name}.log")
         self.pack()
 
@@ -116,13 +119,19 @@ class Session:
         self.part("tests", [python, "-m", "pytest", "--maxfail=20", *tests, *chosen])
         parts = ["--only", "precision"] if self.dry_run else []
         self.part("bench", [python, "-m", "benchmarks.run", device, "--results", str(WORK / "results"), *parts])
+        profile = "smoke" if self.dry_run else "paper"
+        measure = [python, "-m", "experiments.efficiency", "-m", f"part={','.join(PARTS_OF[profile])}"]
+        measure += [f"profile={profile}", f"budget={self.share:.0f}", f"results_dir={WORK / 'results'}"]
+        self.part("efficiency", [*measure, f"output_dir={WORK / 'runs'}"])
         if self.left > 10:
-            planner = [python, "-m", "scripts.reproduce", "--profile", "smoke" if self.dry_run else "paper"]
+            planner = [python, "-m", "scripts.reproduce", "--profile", profile]
             planner += ["--seeds", str(seeds), "--budget", f"{self.left:.0f}s", "--logger", "none"]
             planner += ["--results-dir", str(WORK / "results"), "--output-dir", str(WORK / "runs"), *overrides]
             self.deadline += RESERVE / 2  # it stops by itself, and then says what it has
             self.call("runs", planner, self.left)
         for record in self.records():
+            if record["experiment"] == "efficiency":
+                continue
             settings = record["config"]["model"]
             model = f"{settings['wrapping']} {settings['inner']}" if "inner" in settings else settings["name"]
             self.say(f"run {record['run_id']}, {model}, seed {record['seed']}: {record['status']}")
@@ -141,7 +150,7 @@ class Session:
         with tarfile.open(temporary, "w:gz", compresslevel=1) as archive:
             for path in sorted(path for path in WORK.rglob("*") if path.is_file()):
                 place = path.relative_to(WORK)
-                kept = place.parts[0] == "results" or place.name == "done.json" or place.suffix == ".pt"
+                kept = place.parts[0] == "results" or place.suffix == ".pt" or place.name in KEPT
                 if kept and not (place.suffix == ".pt" and path.parent.name in finished) and path.name[0] != ".":
                     with contextlib.suppress(FileNotFoundError):  # a run that still ends drops its older checkpoint
                         archive.add(path, place)

@@ -7,6 +7,7 @@ words follows from the numbers by fixed rules; unconfirmed values of the paper a
 from collections.abc import Callable
 from pathlib import Path
 
+from scripts import efficiency
 from scripts.plan import TABLES, commonest
 from scripts.tables import (
     PAPER,
@@ -14,6 +15,7 @@ from scripts.tables import (
     Records,
     caption,
     command,
+    efficiency_claims,
     file_name,
     grid,
     load,
@@ -21,6 +23,7 @@ from scripts.tables import (
     markdown_grid,
     measured_tables,
     notes,
+    read_paper,
     results_dir_argument,
     seconds_a_step,
     write,
@@ -302,15 +305,38 @@ def page(results_dir: str | Path, profiles: tuple[str, ...], records: Records, p
     chosen = {name: record for name, record in records.items() if record["profile"] in profiles}
     sections = list(measured_tables(chosen, paper))
     shown = {r["run_id"]: r for _, _, found in sections for entry in found for r in (*entry.done, *entry.others)}
-    if not shown:
+    measured = {key: parts for key, parts in efficiency.load(results_dir).items() if key[0] in profiles}
+    if not shown and not measured:
         return None
+    shown |= {part.record["run_id"]: part.record for parts in measured.values() for part in parts.values()}
     parts = [
         "# Results",
         "Made by `make report` from the records in `runs/`; numbers and words follow from them by rule.",
         made_with(list(shown.values())),
     ]
     parts += [section(Path(results_dir), *table) for table in sections]
+    parts += [efficiency_section(Path(results_dir), *key, found, paper) for key, found in measured.items()]
     return "\n\n".join(parts) + "\n"
+
+
+def efficiency_section(folder: Path, profile: str, machine: str, parts: dict[str, efficiency.Part], paper: Path) -> str:
+    ending = efficiency.slug(profile, machine)
+    said = [f"## Efficiency on {machine}" + ("" if profile != "smoke" else f", {PROFILE_NAMES[profile]}")]
+    if "train" in parts:
+        said.append(efficiency_claims(parts, read_paper(paper)).strip())
+    found = efficiency.findings(parts) if profile != "smoke" else []
+    said.append("\n".join(f"- {line}" for line in found + efficiency.left_out(parts)))
+    for name, text in efficiency.FIGURES.items():
+        path = f"figures/efficiency_{name}_{ending}.png"
+        if (folder / path).exists():
+            said.append(f"![{text}]({path})\n\n*{text}*")
+    for part in parts.values():
+        said.append(efficiency.caption(part) + "\n\n" + markdown_grid(*efficiency.grid(part)))
+    records = [
+        f"[{part.record['run_id']}](runs/efficiency/{part.record['run_id']}/record.json)" for part in parts.values()
+    ]
+    said.append(f"Records: {', '.join(records)}. As data: [csv](tables/efficiency_{ending}.csv)")
+    return "\n\n".join(filter(None, said))
 
 
 def write_all(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from experiments import data, launch, records
 from experiments.config import PROFILES, run_id
 from experiments.launch import UNFINISHED, compose
-from scripts import figures, report, tables
+from scripts import efficiency, figures, report, tables
 from scripts.plan import METRICS, Run, runs
 
 LEAST = 5.0  # seconds: with less of the budget left no run is started
@@ -119,6 +119,18 @@ class Planner:
                 for job in self.jobs:
                     job.process.wait()
                     job.claim.close()
+
+    def alone(self, command: list[str]) -> int:
+        """Another process, which is told to stop as runs are; its exit code."""
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        self.jobs.append(Job(None, process, Path(), 0, contextlib.ExitStack()))
+        with self._told_to_stop():
+            while process.poll() is None:
+                if self.seconds is not None and self.seconds < -GRACE:
+                    self._tell_jobs()
+                time.sleep(0.1)
+        self.jobs.clear()
+        return process.returncode
 
     def _start(self, run: Run, bar: "_Bar") -> bool:
         """False where another process has the run."""
@@ -262,7 +274,7 @@ class Planner:
 
 @dataclass
 class Job:
-    run: Run
+    run: Run | None  # None: another process
     process: subprocess.Popen
     log: Path
     log_start: int
@@ -380,8 +392,9 @@ def main() -> int:
     if arguments.output_dir is None:  # a checkpoint of one folder's run is not another's
         arguments.output_dir = "outputs" if arguments.results_dir == "results" else f"{arguments.results_dir}/outputs"
     workers = arguments.workers or (1 if has_gpu() else cores())
-    plan = [run for run in runs(profile, arguments.seeds) if _wanted(run, arguments.only)]
-    if not plan:
+    plan = [run for run in runs(profile, arguments.seeds) if _wanted(run.labels, arguments.only)]
+    parts = [part for part in efficiency.PARTS[profile] if _wanted((f"efficiency: {part}",), arguments.only)]
+    if not plan and not parts:
         sys.exit(f"error: --only: no run of profile {profile} has {arguments.only!r} in its name; --list names all")
     settings = [
         f"results_dir={arguments.results_dir}",
@@ -407,19 +420,33 @@ def main() -> int:
 
     planner = Planner(plan, arguments.results_dir, arguments.output_dir, command, workers, arguments.budget, renew)
     introduce(planner, profile, arguments)
+    if parts:
+        print(f"then efficiency, where this machine has no record of it: {', '.join(parts)}", flush=True)
     if arguments.list:
         return 0
     collect(planner)
     waiting = leave_without_data(planner)
     planner.go()
+    measured = 0 if planner.stopping or not parts else measure(planner, profile, parts)
     tables.write_all(arguments.results_dir)
     figures.write_all(arguments.results_dir)
     report.write_all(arguments.results_dir)
     code = conclude(planner, profile, arguments)
+    if measured:
+        print("efficiency is not finished; the same command goes on with it")
+        code = code or (0 if measured == UNFINISHED else 1)
     if waiting:
         print(f"{len(waiting)} more wait for data, see above")
     # The smoke profile has a run on a text that is at hand everywhere.
     return code or (1 if waiting and profile != "smoke" else 0)
+
+
+def measure(planner: Planner, profile: str, parts: list[str]) -> int:
+    """Efficiency, alone on the machine; its exit code. The number of processes at once is not its."""
+    command = [sys.executable, "-m", "experiments.efficiency", "-m", f"part={','.join(parts)}", f"profile={profile}"]
+    command += [f"results_dir={planner.results_dir}", f"output_dir={planner.output_dir}"]
+    command += [] if planner.seconds is None else [f"budget={max(1.0, planner.seconds):.0f}"]
+    return planner.alone(command)
 
 
 def needed(planner: Planner) -> dict[str, list[Run]]:
@@ -505,8 +532,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _wanted(run: Run, only: str | None) -> bool:
-    return only is None or any(only.lower() in label.lower() for label in run.labels)
+def _wanted(labels: Iterable[str], only: str | None) -> bool:
+    return only is None or any(only.lower() in label.lower() for label in labels)
 
 
 def _count(text: str) -> int:
@@ -540,7 +567,7 @@ def introduce(planner: Planner, profile: str, arguments: argparse.Namespace) -> 
         groups.setdefault(run.group, []).append(run)
     seeds = "seed 0" if arguments.seeds == 1 else f"seeds 0 to {arguments.seeds - 1}"
     print(f"profile {profile}, {seeds}, {planner.workers} at once, results in {planner.results_dir}/")
-    width = max(len(run.label) for run in planner.runs)
+    width = max((len(run.label) for run in planner.runs), default=0)
     speeds = planner.seconds_a_step()
     for of_group in groups.values():
         waiting = [run for run in of_group if run.run_id in left]

@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.tables import renew_readme
 from experiments.config import PROFILES, run_id
 from experiments.records import RecordError, read_records
+from scripts import efficiency
 from scripts.plan import CELLS, METRICS, TABLES, Cell, Metric, Table
 
 PAPER = Path(__file__).parent.parent / "results" / "paper.csv"
@@ -356,7 +357,29 @@ def write_all(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:
         write(path.with_suffix(".csv"), long(found))
         write(path.with_suffix(".tex"), latex(table, profile, found))
         written.append(path)
+    return written + write_efficiency(results_dir, paper)
+
+
+def write_efficiency(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:
+    """A csv of each machine, and for reading what the paper claims and a table for each part."""
+    written, values = [], read_paper(paper)
+    for (profile, machine), parts in efficiency.load(results_dir).items():
+        ending = efficiency.slug(profile, machine)
+        folder = Path(results_dir) / "tables"
+        write(folder / f"efficiency_{ending}.csv", efficiency.long(parts))
+        texts = {"claims": efficiency_claims(parts, values)} if "train" in parts else {}
+        for name, part in parts.items():
+            texts[name] = f"{efficiency.caption(part)}\n\n{markdown_grid(*efficiency.grid(part))}\n"
+        for name, text in texts.items():
+            path = folder / f"efficiency_{name}_{ending}.md"
+            write(path, text)
+            written.append(path)
     return written
+
+
+def efficiency_claims(parts: dict[str, efficiency.Part], values: dict) -> str:
+    found = {row: value.value for (table, row, _, _), value in values.items() if table == "efficiency"}
+    return f"{efficiency.CLAIMED} {parts['train'].machine}.\n\n{markdown_grid(*efficiency.claims_grid(parts, found))}\n"
 
 
 def results_dir_argument(description: str) -> str:

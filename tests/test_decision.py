@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import config, decision, launch, records
+from experiments import checkpoints, config, decision, launch, records
 from experiments.data import DataError
 from experiments.decision import data, episodes
 from experiments.decision.episodes import rollout
@@ -137,6 +137,14 @@ def test_a_batch_of_episodes_is_each_by_itself(mixer, context, padded, tokens):
     assert len(set(lengths)) > 2
 
 
+def test_a_rollout_can_be_watched():
+    times = []
+    _, lengths = rollout(model(), "Fake-v0", MEAN, STD, np.zeros(5), 0, None, watch=lambda envs: times.append(
+        [env.unwrapped.time for env in envs]
+    ))  # fmt: skip
+    assert times == [np.minimum(t, lengths).tolist() for t in range(lengths.max() + 1)]
+
+
 def test_an_episode_ends_at_the_limit(monkeypatch):
     monkeypatch.setattr(episodes, "EPISODE", 4)
     _, lengths = rollout(model(), "Fake-v0", MEAN, STD, np.zeros(5), 0, None)
@@ -198,6 +206,7 @@ def test_a_run_leaves_its_scores(tmp_path, monkeypatch, folder, settings):
         assert metrics["test_score"] == pytest.approx(100 * (metrics["test_return"] - low) / (high - low))
         assert 1 <= metrics["test_length"] <= 1000
     assert [step for step, _, _ in record["curves"]["val_score"]] == [5, 10]
+    assert checkpoints.load(records.work_dir(tmp_path / "outputs", "decision", name), "cpu")["state"]["step"] == 10
     expected = hashlib.sha256((folder / "local" / "hopper-random.hdf5").read_bytes()).hexdigest()
     assert record["facts"]["dataset_sha256"] == expected and record["versions"]["mujoco"]
 

@@ -200,6 +200,109 @@ def test_what_is_no_whole_hdf5_file_is_refused(tmp_path):
         data.read(path, NAME)
 
 
+def minari(path, lengths, change=lambda file: None, sizes=(11, 3)):
+    """A file as Minari 0.5.4 writes it, an episode of each length, and the episodes; even ones end by themselves."""
+    random, episodes = np.random.default_rng(0), []
+    with h5py.File(path, "w") as file:
+        for i, n in enumerate(lengths):
+            group = file.create_group(f"episode_{i}")
+            group.attrs.update({"id": i, "seed": i, "total_steps": n})
+            episode = {
+                "observations": random.normal(2, 3, (n + 1, sizes[0])),
+                "actions": random.uniform(-1, 1, (n, sizes[1])).astype(np.float32),
+                "rewards": random.normal(1, 2, n),
+                "terminations": np.arange(n) == (n - 1 if i % 2 == 0 else -1),
+                "truncations": np.arange(n) == (n - 1 if i % 2 == 1 else -1),
+            }
+            for key, value in episode.items():
+                group.create_dataset(key, data=value, chunks=True, maxshape=(None, *value.shape[1:]))
+            group["infos/x_position"] = np.zeros(n + 1)
+            episodes.append(episode)
+        change(file)
+    return episodes
+
+
+@pytest.mark.parametrize("env", data.ENVIRONMENTS)
+def test_minaris_episodes_are_read_in_the_order_of_their_numbers(tmp_path, env):
+    lengths = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 7, 8, 1000)  # of 13, so that HDF5 lists 10 before 2
+    path = tmp_path / "a.hdf5"
+    episodes = minari(path, lengths, sizes=data.ENVIRONMENTS[env].sizes)
+    found = data.read(path, f"minari/{env}-medium")
+    assert (found.name, found.env, found.metadata) == (f"minari/{env}-medium", env, {})
+    assert found.episodes == len(lengths) and found.starts.dtype == np.int64
+    for i, episode in enumerate(episodes):
+        rows = slice(found.starts[i], found.starts[i + 1])
+        assert np.array_equal(found.observations[rows], episode["observations"][:-1].astype(np.float32))
+        assert np.array_equal(found.actions[rows], episode["actions"])
+        assert np.array_equal(found.rewards[rows], episode["rewards"].astype(np.float32))
+        assert found.terminals[rows].tolist() == [i % 2 == 0 and t == lengths[i] - 1 for t in range(lengths[i])]
+    assert found.observations.dtype == found.rewards.dtype == np.float32 and found.terminals.dtype == bool
+    assert found.sha256 == files.hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def other(name, value, inner=""):
+    def change(file):
+        del file[name]
+        if value is not None:
+            file[f"{name}/{inner}".rstrip("/")] = value
+
+    return change
+
+
+SHAPES = r"expected observations, .* \(T \+ 1, 11\), \(T, 3\), \(T,\), \(T,\) and \(T,\), got "
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    (
+        (other("episode_1", None), "no episode_1 among 2, .'episode_0', 'episode_2'"),
+        (other("episode_2", np.zeros(3)), "there is no episode_2 among 3"),
+        (lambda file: file.create_group("metadata"), "there is no episode_3 among 4"),
+        (lambda file: file.clear(), r"there is no episode_0 among 0, \[\]"),
+        (other("episode_1/rewards", None), f"episode_1: {SHAPES}.*, None, "),
+        (other("episode_1/rewards", np.zeros((4, 1))), rf"episode_1: {SHAPES}.*, \(4, 1\), "),
+        (other("episode_0/observations", np.zeros((5, 17))), rf"episode_0: {SHAPES}\(5, 17\), \(4, 3\)"),
+        (other("episode_0/observations", np.zeros((4, 11))), rf"episode_0: {SHAPES}\(4, 11\), \(4, 3\)"),
+        (other("episode_0/observations", 1.0), rf"episode_0: {SHAPES}\(\), \(4, 3\)"),
+        (other("episode_0/actions", np.zeros((4, 6))), rf"episode_0: {SHAPES}\(5, 11\), \(4, 6\)"),
+        (
+            other("episode_2/observations", np.zeros((5, 11)), "goal"),
+            "episode_2: .*, got <HDF5 group .*observations.*1 members",
+        ),
+        (other("episode_1/truncations", np.zeros(4, bool)), r"episode_1: .* the last of its 4 steps .* at \[\]"),
+        (other("episode_2/terminations", np.arange(4) > 1), r"episode_2: .* and no other, got marks at \[2, 3\]"),
+        (other("episode_2/terminations", np.arange(4) / 3), r"episode_2: .* got marks at \[1, 2, 3\]"),
+        (other("episode_1/truncations", np.arange(4) // 3 * 2), "timeouts: expected 0 or 1, got 2 in row 7"),
+        (other("episode_1/rewards", np.full(4, np.nan)), "rewards: expected finite numbers, 4 are not, .* row 4"),
+        (other("episode_1/rewards", np.full(4, b"x")), "rewards: expected numbers of shape"),
+    ),
+)
+def test_what_is_not_minaris_is_refused_by_name(tmp_path, change, words):
+    path = tmp_path / "a.hdf5"
+    minari(path, (4, 4, 4), change)
+    with pytest.raises(DataError, match=f"^{path}: (?!expected a whole HDF5 file).*{words}"):
+        data.read(path, "minari/hopper-expert")
+
+
+def test_minaris_lengths_are_checked_and_its_files_are_not_others(tmp_path):
+    path = tmp_path / "a.hdf5"
+    minari(path, (4, 0, 3))
+    with pytest.raises(
+        DataError, match=r"episode_1: expected .* to mark the last of its 0 steps and no other, got .*\[\]"
+    ):
+        data.read(path, "minari/hopper-expert")
+    minari(path, (4, 1001, 3))
+    with pytest.raises(DataError, match="episodes of 1000 steps at most, got 1001 from row 4 on"):
+        data.read(path, "minari/hopper-expert")
+    with pytest.raises(DataError, match="expected observations, actions, .* there is no observations, "):
+        data.read(path, NAME)
+    with pytest.raises(DataError, match="expected Minari's groups .* no episode_0 among 6, .'actions', 'next_obs"):
+        data.read(save(path, steps((3, 4))), "minari/hopper-expert")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match="expected a whole HDF5 file, got what cannot be read"):
+        data.read(path, "minari/hopper-expert")
+
+
 def test_scores_are_those_published():
     references = {"hopper": (-20.272305, 3234.3), "halfcheetah": (-280.178953, 12135.0), "walker2d": (1.629008, 4592.3)}
     assert {env: environment.reference for env, environment in data.ENVIRONMENTS.items()} == references
@@ -222,6 +325,7 @@ def test_environments_are_of_the_sizes_said():
 def test_names_of_sets():
     assert data.split_name("local/hopper-medium-replay") == ("local", "hopper", "medium-replay")
     assert data.split_name("d4rl/walker2d-medium") == ("d4rl", "walker2d", "medium")
+    assert data.split_name("minari/halfcheetah-simple") == ("minari", "halfcheetah", "simple")
     d4rl = {f"d4rl/{env}-{level}" for env in data.ENVIRONMENTS for level in data.LEVELS}
     assert d4rl == {*files.D4RL} and {data.split_name(name)[0] for name in d4rl} == {"d4rl"}
     assert files.D4RL["d4rl/walker2d-medium-expert"].url == (
@@ -231,6 +335,9 @@ def test_names_of_sets():
         ("local/hoper-medium", "local/hopper-medium"),
         ("hopper-medium-replay", "d4rl/hopper-medium-replay"),
         ("d4rl/halfcheetah_medium_expert-v2", "d4rl/halfcheetah-medium-expert"),
+        ("minari/hopper-medium-v0", "minari/hopper-medium"),
+        ("minari/hopper-medium-expert", "minari/hopper-medium"),
+        ("mujoco/hopper/simple-v0", "minari/hopper-simple"),
         ("", ""),
     ):
         with pytest.raises(ValueError, match=f"data.dataset: expected .*, got '{name}'; the nearest is '{nearest}"):
@@ -254,6 +361,23 @@ def test_local_files_are_found_or_said_how_to_make(tmp_path, monkeypatch):
         assert data.find("local/hopper-medium-replay") == path
     with pytest.raises(ValueError, match="data.dataset"):
         data.find("local/hopper")
+
+
+def test_minaris_files_are_found_or_said_where_to_put(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "FOLDER", tmp_path)
+    monkeypatch.delenv("MINRNN_DATA", raising=False)
+    with pytest.raises(DataError) as error:
+        data.find("minari/walker2d-simple")
+    assert str(error.value) == (
+        f"minari/walker2d-simple: there is no {tmp_path}/minari/walker2d-simple.hdf5; "
+        "copy or link Minari's mujoco/walker2d/simple-v0/data/main_data.hdf5 there (below ~/.minari/datasets, "
+        "where its own `minari download mujoco/walker2d/simple-v0` puts it)"
+    )
+    minari(tmp_path / "main_data.hdf5", (3, 4), sizes=(17, 6))
+    path = tmp_path / "minari" / "walker2d-simple.hdf5"
+    path.parent.mkdir()
+    path.symlink_to(tmp_path / "main_data.hdf5")
+    assert data.find("minari/walker2d-simple") == path and data.read(path, "minari/walker2d-simple").episodes == 2
 
 
 def test_d4rl_files_are_fetched_and_a_change_is_noticed(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Offline data of MuJoCo locomotion: D4RL's HDF5 files and local ones of the same schema, and windows to train on.
+"""Offline data of MuJoCo locomotion: D4RL's HDF5 files, local ones of the same schema, Minari's; windows to train on.
 
 A file holds the steps of many episodes one after another: `observations` (N, S), `actions` (N, A), `rewards` (N,),
 `terminals` (N,), and if need be `timeouts` (N,), `next_observations` (N, S) and a group `metadata`. With the ends
@@ -19,6 +19,12 @@ row 4 is
 
 which is Decision Transformer's rule (https://github.com/kzl/decision-transformer, commit e2d82e6,
 gym/data/download_d4rl_datasets.py and gym/experiment.py), but for the side of the padding: see Windows.
+
+Minari's main_data.hdf5 has a group for each episode, `episode_0` and so on, with `observations` (T + 1, S), one more
+than there are steps, `actions` (T, A), `rewards` (T,), `terminations` (T,) and `truncations` (T,); files of its version
+0.5.4 were looked at (https://minari.farama.org/content/dataset_standards). Its sets were made in gymnasium's v5
+environments, and policies are tried in v4: in v5 Hopper and Walker2d get no reward for standing in the step in which
+they fall, and Walker2d's right foot has more friction (1.9, not 0.9), so that its policies meet other ground here.
 """
 
 import difflib
@@ -53,8 +59,10 @@ ENVIRONMENTS = {
     "walker2d": Environment("Walker2d-v4", (17, 6), (1.629008, 4592.3), (5000.0, 2500.0)),
 }
 LEVELS = ("medium", "medium-replay", "medium-expert")
-SOURCES = {"local": (*LEVELS, "random"), "d4rl": LEVELS}  # and their levels; random is for tests
+# and their levels; random is for tests
+SOURCES = {"local": (*LEVELS, "random"), "d4rl": LEVELS, "minari": ("simple", "medium", "expert")}
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")  # the first four must be
+MINARI = dict(zip(KEYS, ("observations", "actions", "rewards", "terminations", "truncations"), strict=False))
 EPISODE = 1000  # steps at most
 SCALE = 1000.0  # of returns
 ROUNDING = 2.0**-23  # of float32, relative
@@ -75,7 +83,7 @@ def split_name(dataset: str) -> tuple[str, str, str]:
     if dataset not in names:
         (nearest,) = difflib.get_close_matches(dataset, names, n=1, cutoff=0)
         raise ValueError(
-            f"data.dataset: expected <source>/<environment>-<level> of {(*SOURCES,)}, {(*ENVIRONMENTS,)} and {LEVELS}, "
+            f"data.dataset: expected <source>/<environment>-<level> of {(*ENVIRONMENTS,)} and {SOURCES}, "
             f"got {dataset!r}; the nearest is {nearest!r}"
         )
     return names[dataset]
@@ -138,14 +146,21 @@ def find(dataset: str, progress: bool = True) -> Path:
     path = data.locate(f"{dataset}.hdf5")
     if path is None:
         places = " nor ".join(str(folder / f"{dataset}.hdf5") for folder in data.folders())
-        raise DataError(
-            f"{dataset}: there is no {places}; `python -m scripts.collect env={env} level={level}` makes it"
-        )
+        todo = f"`python -m scripts.collect env={env} level={level}` makes it"
+        if source == "minari":
+            theirs = f"mujoco/{env}/{level}-v0"
+            todo = (
+                f"copy or link Minari's {theirs}/data/main_data.hdf5 there (below ~/.minari/datasets, "
+                f"where its own `minari download {theirs}` puts it)"
+            )
+        raise DataError(f"{dataset}: there is no {places}; {todo}")
     return path
 
 
 def read(path: str | Path, name: str) -> Dataset:
     """The whole episodes of an HDF5 file: an episode's last row is the one that terminals or timeouts mark.
+
+    Minari's episodes, in the order of their numbers, are rows one after another too; rows in errors are counted so.
 
     What follows the last of these rows is left out. In a file without timeouts an episode also ends at its EPISODE-th
     step. (So it does in Decision Transformer's script for the first one; its counter ends later ones a step early.
@@ -156,13 +171,20 @@ def read(path: str | Path, name: str) -> Dataset:
 
     Raises DataError: it cannot be read, lacks something, or is not consistent; the text says what and where.
     """
-    env = split_name(name)[1]
+    source, env, _ = split_name(name)
+    states, actions = ENVIRONMENTS[env].sizes
     try:
         checksum = data.sha256(Path(path))
         with h5py.File(path, "r") as file:
-            there = [key for key in file if isinstance(file[key], h5py.Dataset)]
-            arrays = {key: file[key][()] for key in KEYS if key in there}
-            metadata = _decoded(file["metadata"]) if "metadata" in file else {}
+            if source == "minari":
+                arrays = _joined(path, file, states, actions)
+                there, metadata = [*arrays], {}
+            else:
+                there = [key for key in file if isinstance(file[key], h5py.Dataset)]
+                arrays = {key: file[key][()] for key in KEYS if key in there}
+                metadata = _decoded(file["metadata"]) if "metadata" in file else {}
+    except DataError:
+        raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # all of them are h5py's
         raise DataError(
             f"{path}: expected a whole HDF5 file, got what cannot be read ({error}); get it anew"
@@ -171,7 +193,6 @@ def read(path: str | Path, name: str) -> Dataset:
     if missing:
         raise DataError(f"{path}: expected {', '.join(KEYS[:4])}; there is no {', '.join(missing)}, only {there}")
 
-    states, actions = ENVIRONMENTS[env].sizes
     n = arrays["observations"].shape[0] if arrays["observations"].ndim else 0
     shapes = {"observations": (n, states), "actions": (n, actions), "next_observations": (n, states)}
     for key, array in arrays.items():
@@ -189,6 +210,37 @@ def read(path: str | Path, name: str) -> Dataset:
         _check_order(path, arrays["observations"], arrays["next_observations"], starts)
     rows = {key: arrays[key][: starts[-1]] for key in KEYS[:4]}
     return Dataset(name=name, env=env, **rows, starts=starts, sha256=checksum, metadata=metadata)
+
+
+def _joined(path: str | Path, file: h5py.File, states: int, actions: int) -> dict[str, np.ndarray]:
+    """Minari's episodes by KEYS, but for what was observed at their ends."""
+    names = [f"episode_{i}" for i in range(max(len(file), 1))]  # HDF5's own order has 10 before 2
+    missing = [name for name in names if not isinstance(file.get(name), h5py.Group)]
+    if missing:
+        raise DataError(
+            f"{path}: expected Minari's groups episode_0, episode_1 and so on; there is no {missing[0]} among "
+            f"{len(file)}, {[*file][:8]}"
+        )
+    parts: dict[str, list[np.ndarray]] = {key: [] for key in MINARI}
+    for name in names:
+        items = {key: file[name].get(its) for key, its in MINARI.items()}
+        shapes = [item.shape if isinstance(item, h5py.Dataset) else str(item) for item in items.values()]
+        T = shapes[0][0] - 1 if isinstance(shapes[0], tuple) and shapes[0] else 0
+        expected = [(T + 1, states), (T, actions), (T,), (T,), (T,)]
+        if shapes != expected:
+            raise DataError(
+                f"{path}: {name}: expected {', '.join(MINARI.values())} of the shapes (T + 1, {states}), "
+                f"(T, {actions}), (T,), (T,) and (T,), got {', '.join(map(str, shapes))}"
+            )
+        for key, item in items.items():
+            parts[key].append(item[()][:T])
+        ends = np.flatnonzero((parts["terminals"][-1] != 0) | (parts["timeouts"][-1] != 0))
+        if ends.tolist() != [T - 1]:
+            raise DataError(
+                f"{path}: {name}: expected terminations or truncations to mark the last of its {T} steps and no other, "
+                f"got marks at {ends[:8].tolist()}"
+            )
+    return {key: np.concatenate(arrays) for key, arrays in parts.items()}
 
 
 def _floats(path: str | Path, key: str, array: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import gymnasium
 import numpy as np
@@ -26,6 +26,7 @@ def rollout(
     seed: int,
     context: int | None,
     padded: bool = False,
+    watch: Callable[[list[gymnasium.Env]], object] = lambda envs: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (n,) and lengths (n,) of n episodes, one for each target return.
 
@@ -39,6 +40,7 @@ def rollout(
         seed: the i-th episode begins as its environment does with seed + i.
         context: how many steps the policy looks back, which it reads anew at each; None: all, in the model's state.
         padded: before the episode's context-th step zeros stand on the left, as in the published code.
+        watch: called with the n environments before each step and after the last; ended ones stay as they ended.
     """
     n, device = len(targets), mean.device
     policy = Stepwise(model, n) if context is None else Windowed(model, context, padded)
@@ -47,6 +49,7 @@ def rollout(
         seen = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
         alive, wanted = np.arange(n), np.asarray(targets, np.float64)
         for time in range(EPISODE):
+            watch(envs)
             states = (torch.as_tensor(seen, dtype=torch.float32, device=device) - mean) / std
             left = torch.as_tensor(wanted[:, None] / SCALE, dtype=torch.float32, device=device)
             actions = policy.act(left, states, time).cpu().numpy()
@@ -60,6 +63,7 @@ def rollout(
             seen, wanted, alive = np.stack([step[0] for step in steps])[on], (wanted - rewards)[on], alive[on]
             if not on.all():
                 policy.keep(torch.as_tensor(np.flatnonzero(on), device=device))
+        watch(envs)
     return returns, lengths
 
 

@@ -100,4 +100,3 @@ def _free() -> int:
 def main() -> None:
     for line in sys.stdin:
         print(json.dumps(answer(*json.loads(line))), flush=True)
-

@@ -1,0 +1,207 @@
+"""One episode of a trained policy as a strip of frames, in a PNG; without OpenGL, which servers lack.
+
+    python -m experiments.decision.strip run=<id> target=80 seed=0 frames=12 path=strip.png
+
+The frames are spread evenly from the first moment to the last, or come `every` so many steps from the first one on.
+Each shows MuJoCo's capsules from the side, where they are, under it the step and how far the robot has come by then.
+"""
+
+import difflib
+import math
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import mujoco
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Polygon
+
+from minrnn.models import DecisionModel
+
+from .. import checkpoints, records
+from ..config import Decision, typed
+from ..seeds import QUARTER, eval_seed
+from . import data, model
+from .episodes import rollout
+
+WIDTH, METRE, NARROWEST = 14, 1.2, 0.5  # inches: of a strip, of a metre at most, of a frame at least
+ROUND = np.linspace(-math.pi / 2, math.pi / 2, 16)  # half a circle
+
+
+@dataclass
+class Settings:
+    run: str = ""
+    target: float = 80  # the score that is asked for
+    seed: int = 0  # of the episode's beginning, among those of the test episodes
+    frames: int = 12
+    every: int = 0  # steps from frame to frame; 0: so many that the frames span the episode
+    path: str = "strip.png"
+    results_dir: str = "results"
+    output_dir: str = "outputs"
+
+    def __post_init__(self):
+        if not math.isfinite(self.target):
+            raise ValueError(f"target: expected a finite score, got {self.target}")
+        for key, low, high in (("seed", 0, QUARTER - 1), ("frames", 1, 100), ("every", 0, data.EPISODE)):
+            if not low <= getattr(self, key) <= high:
+                raise ValueError(f"{key}: expected {low} to {high}, got {getattr(self, key)}")
+        if Path(self.path).suffix not in (".png", ".pdf", ".svg"):
+            raise ValueError(f"path: expected a name that ends in .png, .pdf or .svg, got {self.path!r}")
+
+
+def parse(arguments: list[str]) -> Settings:
+    kinds, values = {f.name: f.type for f in fields(Settings)}, {}
+    for argument in arguments:
+        key, found, value = argument.partition("=")
+        if not found or key not in kinds:
+            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0)[0]
+            raise ValueError(f"{argument}: no such setting; the nearest is {near}=")
+        try:
+            values[key] = kinds[key](value)
+        except ValueError:
+            raise ValueError(f"{key}: expected {kinds[key].__name__}, got {value!r}") from None
+    return Settings(**values)
+
+
+def load(settings: Settings) -> tuple[Decision, data.Dataset, DecisionModel]:
+    """The run's configuration, the data that it was trained on, and the model with its last weights."""
+    path = records.record_path(settings.results_dir, "decision", settings.run)
+    record = records.read_record(path)
+    if record is None:
+        known = [each.parent.name for each in (Path(settings.results_dir) / "runs/decision").glob("*/record.json")]
+        near = difflib.get_close_matches(settings.run, known, n=1, cutoff=0)
+        hint = f"the nearest is {near[0]}" if near else "there is none: python -m experiments.decision makes one"
+        raise ValueError(f"run: no run {settings.run!r} in {settings.results_dir}/runs/decision; {hint}")
+    if record["status"] != "done":
+        raise ValueError(f"run: expected one that is done, {settings.run} is {record['status']} ({record['reason']})")
+    cfg = typed(record["config"])
+    folder = records.work_dir(settings.output_dir, "decision", settings.run)
+    saved = checkpoints.load(folder, "cpu")
+    if saved is None:
+        raise ValueError(
+            f"run: {settings.run} has a record, but there is no {folder}/{cfg.train.steps:09d}-*.pt, its weights (they "
+            f"stay where it was run); give output_dir=, or do it again with the settings that {path} holds: "
+            "python -m experiments.decision results_dir=mine output_dir=mine ..."
+        )
+    dataset = data.read(data.find(cfg.data.dataset), cfg.data.dataset)
+    if dataset.sha256 != record["facts"]["dataset_sha256"]:  # the policy's inputs are normalised by it
+        raise ValueError(
+            f"data.dataset: {settings.run} was trained on another {cfg.data.dataset}: expected sha256 "
+            f"{record['facts']['dataset_sha256']}, got {dataset.sha256}"
+        )
+    policy = model(cfg, dataset.observations.shape[1], dataset.actions.shape[1])
+    policy.load_state_dict(saved["model"])
+    return cfg, dataset, policy.eval()
+
+
+def play(
+    settings: Settings, cfg: Decision, dataset: data.Dataset, policy: DecisionModel
+) -> tuple[Any, np.ndarray, float]:
+    """MuJoCo's model, the positions of its joints, (steps + 1, joints), and the score."""
+    environment = data.ENVIRONMENTS[dataset.env]
+    low, high = environment.reference
+    simulated, positions = [], []
+
+    def watch(envs: list) -> None:
+        simulated[:] = [envs[0].unwrapped.model]
+        positions.append(envs[0].unwrapped.data.qpos.copy())
+
+    returns, _ = rollout(
+        policy, environment.id, *(torch.as_tensor(x) for x in (dataset.mean, dataset.std)),
+        np.array([low + settings.target / 100 * (high - low)]), eval_seed("test", settings.seed),
+        cfg.eval.context, cfg.data.padding == "left", watch,
+    )  # fmt: skip
+    return simulated[0], np.stack(positions), data.normalized(dataset.env, returns[0].item())
+
+
+def chosen(steps: int, frames: int, every: int) -> np.ndarray:
+    """The steps, of 0 to `steps`, that are shown; fewer than `frames` where there are no more."""
+    if every:
+        return np.arange(0, steps + 1, every)[:frames]
+    return np.unique(np.linspace(0, steps, frames).round().astype(int))
+
+
+def capsules(simulated: mujoco.MjModel, positions: np.ndarray) -> np.ndarray:
+    """(F, C, 2, 2) x and z, in metres, of both ends of the axis of each capsule; a sphere's are the same.
+
+    By kinematics from the joints: after a step MuJoCo's own are those of a moment before it.
+    """
+    moment, solid = mujoco.MjData(simulated), solids(simulated)
+    lengths = np.where(simulated.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE, simulated.geom_size[:, 1], 0)[solid]
+    found = []
+    for qpos in positions:
+        moment.qpos[:] = qpos
+        mujoco.mj_kinematics(simulated, moment)
+        centres, axes = moment.geom_xpos[solid], moment.geom_xmat[solid].reshape(-1, 3, 3)[:, :, 2]
+        ends = centres[:, None] + lengths[:, None, None] * np.array([-1, 1])[:, None] * axes[:, None]
+        found.append(ends[..., [0, 2]])
+    return np.stack(found)
+
+
+def solids(simulated: mujoco.MjModel) -> np.ndarray:
+    """The indices of the capsules and spheres, which is all that these robots are made of."""
+    return np.flatnonzero(np.isin(simulated.geom_type, (mujoco.mjtGeom.mjGEOM_CAPSULE, mujoco.mjtGeom.mjGEOM_SPHERE)))
+
+
+def outline(ends: np.ndarray, radius: float) -> np.ndarray:
+    """(M, 2): round a capsule whose axis goes from ends[0] to ends[1]."""
+    along = math.atan2(*(ends[1] - ends[0])[::-1])
+    return np.concatenate(
+        [
+            end + radius * np.stack([np.cos(angle), np.sin(angle)], 1)
+            for end, angle in ((ends[1], along + ROUND), (ends[0], along + math.pi + ROUND))
+        ]
+    )
+
+
+def figure(simulated: mujoco.MjModel, positions: np.ndarray, steps: np.ndarray, title: str) -> Figure:
+    """A frame for each of (F,) steps, one beside the other."""
+    solid = solids(simulated)
+    ends, radii = capsules(simulated, positions[steps]), simulated.geom_size[solid, 0]
+    left, right = (ends[..., 0] - radii[:, None]).min((1, 2)), (ends[..., 0] + radii[:, None]).max((1, 2))
+    pitch, top = 1.1 * (right - left).max(), 1.1 * (ends[..., 1] + radii[:, None]).max()
+    metre = max(min(METRE, WIDTH / (len(steps) * pitch)), NARROWEST / pitch)
+    wide, high, above, below = len(steps) * pitch, 1.05 * top, 0.35 / metre, 0.4 / metre  # in metres too
+    slack = max(0, 0.075 * len(title) / metre - wide) / 2
+    fig = Figure(figsize=((wide + 2 * slack) * metre, (above + high + below) * metre), dpi=150)
+    ax = fig.add_axes((0, below / (above + high + below), 1, high / (above + high + below)))
+    ax.set(xlim=(-slack, wide + slack), ylim=(top - high, top))  # feet sink into the ground a little
+    ax.axhline(0, color="#888888", linewidth=1, zorder=0)
+    for i, step in enumerate(steps):
+        middle = (i + 0.5) * pitch
+        shift = np.array([middle - (left[i] + right[i]) / 2, 0])
+        for pair, radius, colour in zip(ends[i], radii, simulated.geom_rgba[solid], strict=True):
+            ax.add_patch(Polygon(outline(pair + shift, radius), facecolor=colour, edgecolor="black", linewidth=0.5))
+        way = round(positions[step, 0] - positions[0, 0], 1) + 0  # no -0.0
+        label = f"step {step}\n{way:.1f} m"
+        ax.annotate(label, (middle, 0), (0, -7), textcoords="offset points", ha="center", va="top", fontsize=7)
+    ax.axis("off")
+    fig.suptitle(title, fontsize=9)
+    return fig
+
+
+def main(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__, *(f"    {f.name}={f.default!r}" for f in fields(Settings)), sep="\n")
+        return
+    settings = parse(arguments)
+    torch.set_num_threads(1)  # one episode's matrices are too small to share
+    cfg, dataset, policy = load(settings)
+    simulated, positions, score = play(settings, cfg, dataset, policy)
+    title = (
+        f"{cfg.model.name} on {dataset.name}: asked for a score of {settings.target:g}, "
+        f"got {score:.1f} in {len(positions) - 1} steps"
+    )
+    steps = chosen(len(positions) - 1, settings.frames, settings.every)
+    figure(simulated, positions, steps, title).savefig(settings.path)
+    print(f"{settings.path}: {title}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, data.DataError, OSError) as error:
+        sys.exit(f"error: {error}")

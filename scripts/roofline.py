@@ -1,0 +1,335 @@
+"""The least time of every training run of the plan, beside what was measured: `python -m scripts.roofline`
+
+    python -m scripts.roofline --profile paper      results/tables/roofline_paper.{md,csv}
+
+A run's work is counted from its configuration (`experiments.cost`), without its data and without computing anything.
+Limits are those of a T4's datasheet and those of this machine, measured here.
+"""
+
+import argparse
+import csv
+import io
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
+
+from experiments import charlm, decision, machine, selective_copy
+from experiments.config import CharLM, Decision, Run, SelectiveCopy, group_id, typed
+from experiments.cost import T4, Cost, Machine, count, here, total
+from experiments.decision.data import ENVIRONMENTS, split_name
+from minrnn.models import parameter_groups
+from scripts import plan
+from scripts.reproduce import cores, has_gpu
+from scripts.tables import command, load, machines, markdown_grid, write
+
+CHARACTERS, VALIDATION = 65, 111_540  # of Tiny Shakespeare: kinds, and how many validate
+COLUMNS = (
+    *("runs", "groups", "machine", "bandwidth", "matrix_rate", "launch", "steps", "operators", "operations", "bytes"),
+    *("step_seconds", "evaluation_seconds", "total_seconds", "measured_step_seconds", "n", "measured_on", "run_ids"),
+)
+
+Batch = tuple[Any, ...]
+Work = tuple[nn.Module, Callable, Batch, list[tuple[int, Batch]]]  # model, loss, a part of a step, (times, evaluated)
+
+
+@dataclass
+class Row:
+    """Runs that cost the same (they differ in datasets of the same sizes or in rates), on one kind of machine."""
+
+    runs: list[plan.Run]
+    step: Cost
+    evaluations: list[tuple[int, Cost]]
+    records: list[dict[str, Any]] = field(default_factory=list)  # of one kind of machine
+
+    @property
+    def steps(self) -> int:
+        return self.runs[0].config["train"]["steps"]
+
+    @property
+    def label(self) -> str:
+        first = self.runs[0].cells[0]
+        return f"{first.table}: {first.label}" + (f", {len(self.runs) - 1} more" if len(self.runs) > 1 else "")
+
+    @property
+    def measured(self) -> float | None:
+        """Seconds of a step, mean over the records: without evaluations and checkpoints, with the batch's making."""
+        found = [_tokens(record["config"]) / record["tokens_per_second"] for record in self.records]
+        return statistics.fmean(found) if found else None
+
+    def evaluating(self, limits: Machine) -> float:
+        return sum(times * limits.seconds(cost) for times, cost in self.evaluations)
+
+    def whole(self, limits: Machine) -> float:
+        return self.steps * limits.seconds(self.step) + self.evaluating(limits)
+
+
+def _tokens(config: dict[str, Any]) -> int:
+    """Of a step, as the experiments count them."""
+    data, batch = config["data"], config["train"]["batch_size"]
+    lengths = {
+        "selective_copy": lambda: data["length"] + data["tokens"],
+        "charlm": lambda: data["block"],
+        "decision": lambda: data["context"] * data["tokens"],
+    }
+    return batch * lengths[config["experiment"]]()
+
+
+# -- what a run does, from its configuration
+
+
+def _ids(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.long)
+
+
+def copying_work(cfg: SelectiveCopy) -> Work:
+    def batch(size: int) -> Batch:
+        return _ids(size, cfg.data.length + cfg.data.tokens), _ids(size, cfg.data.tokens)
+
+    evaluated = (_evaluations(cfg) + 2) * cfg.eval.batches  # val, and test at the end of last and best
+    part = batch(cfg.train.batch_size // cfg.micro_batches)
+    return selective_copy.model(cfg), selective_copy.loss, part, [(evaluated, batch(cfg.eval.batch_size))]
+
+
+def language_work(cfg: CharLM) -> Work:
+    if cfg.data.text != "tinyshakespeare" or cfg.data.path is not None:
+        raise ValueError(f"data.text, data.path: expected tinyshakespeare, whose size is known, got {cfg.data}")
+
+    def batch(size: int, block: int = cfg.data.block) -> Batch:
+        return _ids(size, block), _ids(size, block)
+
+    count, rest = divmod(VALIDATION - 1, cfg.data.block)  # all of the text, as charlm.whole_loss cuts it, twice
+    most = max(1, 2**14 // cfg.data.block)
+    whole = [(2 * (count // most), batch(most)), (2, batch(count % most)), (2, batch(1, rest))]
+    evaluated = [(_evaluations(cfg) * cfg.eval.batches, batch(cfg.eval.batch_size)), *whole]
+    part = batch(cfg.train.batch_size // cfg.micro_batches)
+    return charlm.model(cfg, CHARACTERS), charlm.loss, part, [(n, b) for n, b in evaluated if b[0].numel()]
+
+
+def decision_work(cfg: Decision) -> Work:
+    states, actions = _sizes(cfg)
+    shape = (cfg.train.batch_size // cfg.micro_batches, cfg.data.context)
+    # The mask takes all: what a boolean one takes has no size before it is computed.
+    part = (torch.zeros(*shape, 1), torch.zeros(*shape, states), torch.zeros(*shape, actions), _ids(*shape), ...)
+    return decision.model(cfg, states, actions), decision.loss, part, []
+
+
+WORK = {"selective_copy": copying_work, "charlm": language_work, "decision": decision_work}
+
+
+def _sizes(cfg: Decision) -> tuple[int, int]:
+    return ENVIRONMENTS[split_name(cfg.data.dataset)[1]].sizes
+
+
+def _evaluations(cfg: Run) -> int:
+    return math.ceil(cfg.train.steps / cfg.eval.every)
+
+
+def costs(cfg: Run) -> tuple[Cost, list[tuple[int, Cost]]]:
+    """Of a training step as `experiments.engine` does it, and of the forward passes of its evaluations."""
+    if cfg.train.precision != "fp32":
+        raise ValueError(f"train.precision: expected fp32, whose rate the limits hold, got {cfg.train.precision}")
+    with FakeTensorMode():
+        model, loss, part, evaluated = WORK[cfg.experiment](cfg)
+        groups = parameter_groups(model, cfg.train.lr, cfg.train.weight_decay, cfg.train.decay == "matrices")
+        optimizer = torch.optim.AdamW(groups, fused=True)
+
+        def finish() -> None:
+            if cfg.train.clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        def step() -> None:
+            for _ in range(cfg.micro_batches):
+                (loss(model, part) / cfg.micro_batches).backward()
+            finish()
+
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        finish()  # the optimiser makes its state
+        trained = count(step)
+        model.eval()
+        with torch.inference_mode():
+            return trained, [(times, count(partial(loss, model, batch))) for times, batch in evaluated]
+
+
+def _alike(cfg: Run) -> str:
+    """The same for configurations that cost the same: of a dataset only its environment's sizes matter."""
+    if isinstance(cfg, Decision):
+        cfg = replace(cfg, data=replace(cfg.data, dataset=str(_sizes(cfg))))
+    return repr(replace(cfg, train=replace(cfg.train, lr=1.0)))
+
+
+def rows(runs: list[plan.Run], records: Iterable[dict[str, Any]], device: str) -> list[Row]:
+    """Work that differs in cost, in the plan's order; a row for each kind of machine that has records of it."""
+    recorded: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if record["status"] == "done" and record["hardware"]["device"] == device:
+            recorded.setdefault(group_id(record["config"]), []).append(record)
+    alike: dict[str, list[plan.Run]] = {}
+    for run in runs:
+        if run.experiment in WORK:
+            alike.setdefault(_alike(typed(run.config)), []).append(run)
+    found = []
+    for same in tqdm(alike.values(), desc="counting", leave=False):
+        counted = costs(typed(same[0].config))
+        own = [record for run in same for record in recorded.get(run.group, [])]
+        for name in machines(own) if own else [None]:
+            found.append(Row(same, *counted, [record for record in own if machines([record]) == [name]]))
+    return found
+
+
+# -- limits
+
+
+def limits(device: str, threads: int) -> tuple[Machine, int]:
+    """Of this machine for one run, while others of as many threads keep its other cores busy; and how many others."""
+    machine.keep_freed_memory()
+    if device == "cuda":
+        return here(device), 0
+    load = os.getloadavg()[0]
+    if load > 1.5:  # one is this process
+        print(f"warning: load {load:.1f}, others work here too: the limits will be too low", file=sys.stderr)
+    torch.set_num_threads(threads)
+    others = max(0, cores() // threads - 1)
+    context = multiprocessing.get_context("spawn")
+    ready = [context.Event() for _ in range(others)]
+    processes = [context.Process(target=_keep_busy, args=(threads, event), daemon=True) for event in ready]
+    try:
+        for process in processes:
+            process.start()
+        for event in ready:
+            if not event.wait(60):
+                raise RuntimeError("a process that is to keep another core busy did not come up within a minute")
+        return here(device), others
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _keep_busy(threads: int, ready: Any) -> None:
+    """Copies for ever."""
+    torch.set_num_threads(threads)
+    source = torch.ones(1 << 25)
+    target = source.clone()
+    ready.set()
+    while True:
+        target.copy_(source)
+
+
+# -- what a reader sees
+
+
+def comparable(row: Row, device: str, threads: int) -> bool:
+    """Whether the records are of a machine like this, so that its limits are theirs."""
+    mine = machine.hardware(device)
+    names = ("gpu",) if device == "cuda" else ("cpu", "cores", "vector")
+    same = all(r["hardware"].get(name) == mine[name] for r in row.records for name in names)
+    return bool(row.records) and same and (device == "cuda" or row.records[0]["hardware"]["threads"] == threads)
+
+
+def markdown(found: list[Row], mine: Machine, others: int, device: str, threads: int) -> str:
+    hardware = machines([record for row in found for record in row.records]) if any(r.records for r in found) else []
+    header = ["run", "steps", "Gop a step", "MB a step", "T4, ms a step", "T4, h", "here, ms a step", "here, h"]
+    header += ["measured, ms a step", "measured / least", "n"] if hardware else []
+    header += ["measured on"] if len(hardware) > 1 else []
+    lines = []
+    for row in found:
+        operations, moved = total(row.step)
+        line = [row.label, f"{row.steps:,}", _short(operations / 1e9), _short(moved / 1e6)]
+        for limit in (T4, mine):
+            line += [_short(1e3 * limit.seconds(row.step)), _short(row.whole(limit) / 3600)]
+        if row.records:
+            line += [_short(1e3 * row.measured)]
+            line += [f"{row.measured / mine.seconds(row.step):.2f}" if comparable(row, device, threads) else ""]
+            line += [str(len(row.records)), *machines(row.records)]
+        lines.append((line + [""] * len(header))[: len(header)])
+    return f"{caption(hardware, mine, others, device, threads)}\n\n{markdown_grid(header, lines)}\n"
+
+
+def caption(hardware: list[str], mine: Machine, others: int, device: str, threads: int) -> str:
+    def said(limit: Machine) -> str:
+        return (
+            f"{limit.bandwidth / 1e9:.3g} GB/s read plus written, {limit.matrix_rate / 1e12:.3g} TFLOP/s of float32 "
+            f"matrix products, {limit.launch * 1e6:.2g} µs an operator"
+        )
+
+    neighbours = f" while {others} more cop{'y' if others > 1 else 'ies'}" if others else ""
+    setting = f", in a process of {threads} thread{'s' * (threads > 1)}{neighbours}" if device == "cpu" else ""
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions().items())
+    text = (
+        "Least time of each training run: every operator at the limit that binds it, one after another. A step is "
+        "forward, loss, backward, clipping and AdamW; hours are those of all steps and of the evaluations' forward "
+        "passes, but for decision runs, whose evaluations play environments. Counted: bytes, each operand of an "
+        "operator read once and each result written once, and operations of matrix products and attention (a "
+        "multiply-add is two; causal attention counts whole). Not counted: the making of batches, checkpoints, and the "
+        "arithmetic of scans, FFTs and all else that is no matrix product. Scans, attention, norms and each time step "
+        "of GRU and LSTM are one operator each, the others those of torch without compilation. What stays in a cache "
+        "between two operators moves faster than memory's limit, so a small model may beat its least time. "
+        f"T4: {said(T4)} (datasheet; the last assumed). "
+        f"Here: {mine.name}, {said(mine)} (measured{setting}; {versions})."
+    )
+    if hardware:
+        text += f" Measured on {'; '.join(hardware)}: tokens of a step over tokens a second, mean over n runs; "
+        text += "compared with the least time here where that machine is like this one."
+    return text
+
+
+def long(found: list[Row], mine: Machine) -> str:
+    """The csv's text: one line a run and machine, in bytes, operations and seconds."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in found:
+        for limit in (T4, mine):
+            line = ["; ".join(run.label for run in row.runs), " ".join(run.group for run in row.runs), limit.name]
+            line += [*map(_number, (limit.bandwidth, limit.matrix_rate))]
+            line += [_number(limit.launch), row.steps, sum(row.step.values()), *total(row.step)]
+            line += map(_number, (limit.seconds(row.step), row.evaluating(limit), row.whole(limit)))
+            line += [_number(row.measured) if row.records else "", len(row.records)]
+            line += ["; ".join(machines(row.records)) if row.records else ""]
+            writer.writerow([*line, " ".join(record["run_id"] for record in row.records)])
+    return out.getvalue()
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.10g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", choices=("paper", "cpu"), default="paper")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if has_gpu() else "cpu")
+    parser.add_argument("--threads", type=int, help="of torch, for the limits of a CPU (those of the records, or all)")
+    parser.add_argument("--results-dir", default="results", help="holds runs/; files are written here (results)")
+    arguments = parser.parse_args()
+    records = load(arguments.results_dir).values()
+    found = rows(plan.runs(arguments.profile, 1), records, arguments.device)
+    recorded = [record["hardware"]["threads"] for row in found for record in row.records]
+    threads = arguments.threads or (statistics.mode(recorded) if recorded else cores())
+    mine, others = limits(arguments.device, threads)
+    path = Path(arguments.results_dir) / "tables" / f"roofline_{arguments.profile}.md"
+    text = markdown(found, mine, others, arguments.device, threads)
+    write(path, text)
+    write(path.with_suffix(".csv"), long(found, mine))
+    print(text, path, sep="\n")
+
+
+if __name__ == "__main__":
+    command(main)

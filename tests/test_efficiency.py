@@ -1,0 +1,416 @@
+"""The efficiency experiment: what is timed is right, what cannot be done is noted, and words follow from numbers."""
+
+import copy
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from experiments import cost, efficiency, launch, records
+from experiments.efficiency import layers, memory
+from scripts import efficiency as shown
+from scripts import efficiency_figures, figures, report, reproduce, tables
+from scripts.tables import PAPER
+
+CPU = torch.device("cpu")
+ANYTHING = cost.Machine("some", 1e9, 1e9, 1e-6)
+
+
+def resolve(tmp_path, *overrides):
+    places = (f"results_dir={tmp_path}/results", f"output_dir={tmp_path}/outputs")
+    return launch.resolve("efficiency", ["profile=smoke", "progress=false", "device=cpu", *places, *overrides])
+
+
+def record_of(results):
+    (path,) = (results / "runs/efficiency").glob("*/record.json")
+    return json.loads(path.read_text())
+
+
+# -- the layers
+
+
+@pytest.mark.parametrize("name", layers.available("cpu"))
+def test_each_layer_is_what_it_is_held_to(name):
+    torch.manual_seed(0)
+    layer = layers.LAYERS[name]
+    net, x = layer.build(32), torch.randn(2, 48, 32)
+    assert layers.check(name, layer, net, x) < layer.tolerance[0]
+    other = layer.build(32)  # other weights than those it is held to
+    with pytest.raises(ArithmeticError, match="of the result in float64"):
+        layers.check(name, dataclasses.replace(layer, exact=lambda _: layer.exact(other)), net, x)
+
+
+@pytest.mark.parametrize("name", [name for name, layer in layers.LAYERS.items() if layer.step and name != "mamba-ssm"])
+def test_a_step_goes_on_where_reading_ended(name):
+    torch.manual_seed(0)
+    layer = layers.LAYERS[name]
+    net, x = layer.build(32), torch.randn(3, 9, 32)
+    with torch.inference_mode():
+        _, state = layer.read(net, x[:, :-1])
+        assert torch.allclose(layer.step(net, x[:, -1], state)[0], layer.read(net, x)[0][:, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("loop, cls", [(layers.LoopGRU, torch.nn.GRU), (layers.LoopLSTM, torch.nn.LSTM)])
+def test_the_loops_are_torchs_layers(loop, cls):
+    torch.manual_seed(0)
+    ours, theirs = (kind(8, 8, batch_first=True, dtype=torch.float64) for kind in (loop, cls))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    assert torch.allclose(ours(x)[0], theirs(x)[0], atol=1e-12)
+
+
+def test_a_training_run_takes_every_gradient():
+    layer = layers.LAYERS["GRU, torch"]
+    net, x = layer.build(8), torch.randn(2, 5, 8)
+    expected = torch.autograd.grad(net(x.clone().requires_grad_())[0].square().sum(), list(net.parameters()))
+    found = efficiency.work("train", layer, net, x)()
+    assert found[0].shape == x.shape
+    for a, b in zip(found[1:], expected, strict=True):
+        assert torch.allclose(a, b)
+
+
+# -- memory
+
+
+@pytest.mark.skipif(not memory.supported(), reason="peak memory is read in Linux's /proc")
+def test_peaks_are_those_counted_by_hand():
+    """Forward in float32: minGRU holds both projections and the output, 3 times the input."""
+    with memory.Peaks() as peaks:
+        for length in (4096, 16384):
+            status, value = peaks("minGRU", "forward", "float32", 1, 60.0, 128, 4, length)
+            assert status == "done" and value == pytest.approx(3 * 4 * length * 128 * 4, rel=0.1)
+        status, value = peaks("GRU, loop", "train", "float32", 1, 1.0, 16, 1, 10**6)
+        assert (status, value) == ("time-out", "a run took more than 1 s")
+        status, value = peaks("minGRU", "forward", "float32", 1, 60.0, 128, 2**14, 2**20)
+        assert status == "out of memory" and "can't allocate memory" in value
+        status, value = peaks("minGRU", "forward", "nonsense", 1, 60.0, 128, 1, 1)
+        assert status == "failed" and "nonsense" in value
+        assert peaks("minGRU", "forward", "float32", 1, 60.0, 128, 4, 64)[0] == "done"  # it goes on
+
+
+# -- what is measured
+
+
+class Sleeper(torch.nn.Module):
+    """Takes `seconds` for each token; what it gives is right."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.seconds = seconds
+
+    def forward(self, x):
+        time.sleep(self.seconds * x.shape[1])
+        return x * self.weight, None
+
+
+def stub(seconds=0.0, exact=lambda x: x, fail=False):
+    def build(dim):
+        if fail:
+            raise RuntimeError("it does not run here")
+        return Sleeper(seconds)
+
+    return layers.Layer(build, lambda net, x: net(x), lambda net, x, s: (x, s), lambda net: exact)
+
+
+def measure(tmp_path, monkeypatch, found, *overrides, why_stop=lambda: None):
+    monkeypatch.setattr(efficiency, "available", lambda device: found)
+    monkeypatch.setattr(cost, "here", lambda device: ANYTHING)
+    cfg = resolve(tmp_path, "part=forward", "data.lengths=[50,100,200]", *overrides)
+    return efficiency.measure(cfg, CPU, tmp_path / "work", why_stop)
+
+
+def statuses(found):
+    return {(point["layer"], point["length"]): point["status"] for point in found["points"]}
+
+
+def test_what_cannot_be_done_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch):
+    class Later(Sleeper):
+        def forward(self, x):
+            if x.shape[1] == 100:
+                raise RuntimeError("not this long")
+            return super().forward(x)
+
+    kinds = {
+        "quick": stub(),
+        "slow": stub(1e-3),
+        "wrong": stub(exact=lambda x: 2 * x),
+        "absent": stub(fail=True),
+        "short": dataclasses.replace(stub(), build=lambda dim: Later(0.0)),
+        "full": stub(),
+    }
+
+    def read(net, x):
+        if x.shape[1] > 50:
+            raise torch.OutOfMemoryError("no room\nmore text")
+        return net(x)
+
+    kinds["full"] = dataclasses.replace(kinds["full"], read=read)
+    found = measure(tmp_path, monkeypatch, kinds, "data.limit=0.08")
+    assert statuses(found) == {
+        **{("quick", n): "done" for n in (50, 100, 200)},
+        ("slow", 50): "done", ("slow", 100): "time-out", ("slow", 200): "time-out",
+        ("short", 50): "done", ("short", 100): "failed", ("short", 200): "failed",
+        ("full", 50): "done", ("full", 100): "out of memory", ("full", 200): "out of memory",
+    }  # fmt: skip
+    reasons = {(point["layer"], point["length"]): point["reason"] for point in found["points"]}
+    assert reasons["slow", 100] == "a run took 0.1 s, more than 0.08"
+    assert reasons["slow", 200] == "a run took 0.1 s, more than 0.08 at a shorter length"
+    assert reasons["short", 100] == "RuntimeError: not this long" and reasons["full", 100] == "no room"
+    assert "off by" in found["errors"]["wrong"] and "it does not run here" in found["errors"]["absent"]
+    assert found["errors"]["quick"] < 1e-6
+    point = next(p for p in found["points"] if (p["layer"], p["length"]) == ("slow", 50))
+    assert 0.05 <= point["min"] <= point["q1"] <= point["median"] <= point["q3"] < 0.08
+
+
+def test_our_own_layers_being_wrong_is_an_error(tmp_path, monkeypatch):
+    with pytest.raises(ArithmeticError, match="minGRU: off by"):
+        measure(tmp_path, monkeypatch, {"minGRU": stub(exact=lambda x: 2 * x)})
+
+
+def test_runs_go_on_until_they_agree_or_time_is_up():
+    data = resolve(None).data
+    data = dataclasses.replace(data, least=5, seconds=1.0, spread=0.03)
+    bench = efficiency.Bench(data, CPU, torch.float32, ANYTHING, None, 1, 1, 1)
+    assert not bench._enough([0.01] * 4) and not bench._enough([0.01] * 9) and bench._enough([0.01] * 10)
+    assert not bench._enough([0.01, 0.02] * 20) and bench._enough([0.01, 0.02] * 40)
+    assert bench._enough([0.3] * 5)
+
+
+def test_a_measurement_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    told = iter([None, "told to stop"])
+    found = measure(tmp_path, monkeypatch, {"quick": stub()}, why_stop=lambda: next(told))
+    assert found == "told to stop"
+    first = json.loads((tmp_path / "work/points.json").read_text())
+    found = measure(tmp_path, monkeypatch, {"quick": stub()})
+    assert [point["length"] for point in first] == [50] and found["points"][0] == first[0]
+    assert [point["length"] for point in found["points"]] == [50, 100, 200]
+
+
+def test_layers_that_are_not_here_are_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"data.layers: expected some of \['quick'\] .*, got 'GRU'"):
+        measure(tmp_path, monkeypatch, {"quick": stub()}, "data.layers=[GRU]")
+
+
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("data.task=trian", "data.task: expected one of .*'trian'"),
+        ("data.lengths=[]", "data.lengths: expected numbers from 1 up, got"),
+        ("data.widths=[0]", "data.widths: expected numbers from 1 up, got"),
+        ("data.limit=0", "data.limit: expected more than 0"),
+        ("data.dtype=int8", "data.dtype: expected one of .*'int8'"),
+    ],
+)
+def test_unusable_settings_are_named(setting, said):
+    with pytest.raises(Exception, match=said):
+        resolve(".", setting)
+    with pytest.raises(ValueError, match="no such setting; the nearest is data.limit"):
+        launch.check("efficiency", ["data.limt=3"])
+
+
+def test_a_part_is_done_once_for_a_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(efficiency.cost, "here", lambda device: ANYTHING)
+    settings = ("part=step", "data.layers=[minGRU,'GRU, torch',attention]", "threads=1")
+    assert efficiency.run(resolve(tmp_path, *settings)) == "done"
+    record = record_of(tmp_path / "results")
+    assert statuses(record).keys() == {(n, t) for n in ("minGRU", "GRU, torch", "attention") for t in (16, 32)}
+    assert set(statuses(record).values()) == {"done"} and record["git"]["commit"]
+    assert all(point["operations"] > 0 and point["least"] > 0 for point in record["points"])
+    assert efficiency.run(resolve(tmp_path, *settings)) == "done"
+    assert "done already" in capsys.readouterr().out and record_of(tmp_path / "results") == record
+    monkeypatch.setattr(efficiency, "machine_name", lambda device: "another")
+    assert efficiency.run(resolve(tmp_path, *settings)) == "done"
+    assert len(list((tmp_path / "results/runs/efficiency").glob("*/record.json"))) == 2
+
+
+def test_the_budget_ends_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(efficiency.cost, "here", lambda device: ANYTHING)
+    assert efficiency.run(resolve(tmp_path, "part=forward", "data.layers=[minGRU]", "budget=0.001")) == "paused"
+    assert "out of budget" in capsys.readouterr().out
+    assert not list((tmp_path / "results").rglob("record.json"))
+
+
+def test_parameters_are_those_of_the_formula_and_biases():
+    found = {(p["layer"], p["expansion"]): p["parameters"] for p in efficiency.parameters([10])}
+    for a in efficiency.EXPANSIONS:
+        units = 10 * a
+        assert found["minGRU", a] == 2 * units * (10 + 1) and found["minLSTM", a] == 3 * units * (10 + 1)
+        assert found["GRU", a] == 3 * units * (10 + units + 2) and found["LSTM", a] == 4 * units * (10 + units + 2)
+
+
+# -- what is said of it
+
+
+def point(layer, length, median, peak=None, **changes):
+    spread = {"q1": median, "q3": median, "min": median, "n": 5, "peak": peak}
+    size = {"width": 8, "batch": 64, "length": length}
+    return {"layer": layer, **size, "status": "done", "reason": None, "median": median, **spread, **changes}
+
+
+def part(tmp_path, name, points, machine="Some CPU, 2 threads", **changes):
+    config = launch.compose("efficiency", [f"part={name}", "profile=cpu"])
+    config["data"]["machine"] = machine
+    record = {
+        "schema_version": 1, "run_id": shown.run_id(config), "experiment": "efficiency", "profile": "cpu",
+        "config": config, "seed": 0, "status": "done", "reason": None, "points": points, "errors": {"minGRU": 1e-7},
+        "limits": {"bandwidth": 5e10, "matrix_rate": 1e11, "launch": 1e-6}, "seconds": 60.0,
+        "git": {"commit": "0123456789abcdef", "clean": True}, "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        "hardware": {"device": "cpu", "cpu": "Some CPU", "cores": 2, "threads": 2, "vector": "AVX512"},
+    } | changes  # fmt: skip
+    records.write_json(records.record_path(tmp_path, "efficiency", record["run_id"]), record)
+    return record
+
+
+def training(tmp_path, **times):
+    """ms at lengths 64, 512, 4096 by layer; peaks are 1 MB, and 2 MB for torch's GRU."""
+    names = {"ours": "minGRU", "log": "minGRU, log-space", "loop": "GRU, loop", "torch": "GRU, torch"}
+    points = []
+    for length, i in ((64, 0), (512, 1), (4096, 2)):
+        for key, values in times.items():
+            points.append(point(names[key], length, values[i] / 1e3, 2e6 if key == "torch" else 1e6))
+    return part(tmp_path, "train", points)
+
+
+def test_what_the_report_says_follows_from_the_numbers(tmp_path):
+    training(tmp_path, ours=(1, 8, 64), log=(4, 40, 600), loop=(40, 400, 3000), torch=(2, 40, 320))
+    ((_, parts),) = shown.load(tmp_path).items()
+    assert shown.findings(parts) == [
+        "minGRU is faster than GRU, torch at every length from 64 to 4096 (2 to 5 times).",
+        "minGRU takes less memory than GRU, torch at every length from 512 to 4096 (2 to 2 times).",
+        "As the paper compares, minGRU in log space against a hand-written GRU: 5 times as fast at length 4096.",
+        "minGRU: time grows with the 1.00th power of the length at last, linear.",
+    ]
+    report.write_all(tmp_path)
+    page = (tmp_path / "REPORT.md").read_text()
+    assert "## Efficiency on Some CPU, 2 threads" in page and "(2 to 5 times)" in page and "1 runs, 0.0 hours" in page
+    lines = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+        for line in page.splitlines()
+        if "|" in line
+    }
+    assert lines["GRU takes longer than minGRU, training, T = 512"] == ["175 x", "10 x", "5 x"]
+    assert lines["GRU takes longer than minGRU, training, T = 4096"] == ["1.32e+03 x", "5 x", "5 x"]
+    assert lines["minGRU takes more memory than GRU, training, T = 512"] == ["+88 %", "+0 %", "-50 %"]
+    assert lines["LSTM takes longer than minLSTM, training, T = 512"] == ["235 x", "", ""]
+
+
+def test_what_does_not_hold_is_said(tmp_path):
+    training(tmp_path, ours=(1, 8, 200), torch=(1, 40, 150))
+    ((_, parts),) = shown.load(tmp_path).items()
+    said = shown.findings(parts)
+    assert said[0] == "minGRU is faster than GRU, torch not at 64, 4096 (0.75 to 5 times)."
+    assert said[-1] == "minGRU: time grows with the 1.55th power of the length at last, not linear."
+
+
+def test_one_token_is_told_flat_from_growing(tmp_path):
+    times = {"minGRU": (1.0, 1.1), "attention": (1.0, 9.0)}
+    part(tmp_path, "step", [point(n, t, ms[i] / 1e3) for i, t in enumerate((1, 2048)) for n, ms in times.items()])
+    ((_, parts),) = shown.load(tmp_path).items()
+    assert shown.findings(parts) == [
+        "One token of minGRU after 2048: 1.1 times what it takes after 1, the same.",
+        "One token of attention after 2048: 9 times what it takes after 1, more.",
+    ]
+
+
+def test_the_csv_has_every_number_and_the_table_every_status(tmp_path):
+    late = {"status": "time-out", "reason": "a run took 9 s, more than 2"}
+    points = [point("minGRU", 64, 0.00123, 2**21), point("GRU, loop", 64, 0.5), point("minGRU", 128, 2.5)]
+    points.append({"layer": "GRU, loop", "width": 8, "batch": 64, "length": 128, **late})
+    record = part(tmp_path, "train", points)
+    paths = [path.name for path in tables.write_efficiency(tmp_path)]
+    assert paths == ["efficiency_claims_cpu_some_cpu_2_threads.md", "efficiency_train_cpu_some_cpu_2_threads.md"]
+    text = (tmp_path / "tables" / paths[1]).read_text()
+    assert "| minGRU     | 1.23, 2 MiB |    2,500 |" in text and "|         500 | time-out |" in text
+    assert "batch size 64, width 8, float32" in text and "copies 50 GB/s" in text
+    with (tmp_path / "tables/efficiency_cpu_some_cpu_2_threads.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {line["run_id"] for line in lines} == {record["run_id"]}
+    found = {(line["layer"], line["length"], line["metric"]): line["value"] for line in lines}
+    assert found["minGRU", "64", "median"] == "0.00123" and float(found["minGRU", "64", "peak"]) == 2**21
+    assert found["GRU, loop", "128", ""] == "" and {line["status"] for line in lines} == {"done", "time-out"}
+    ((_, parts),) = shown.load(tmp_path).items()
+    assert shown.left_out(parts) == [
+        "Not timed in part train: GRU, loop, 64 sequences of 128 on (time-out: a run took 9 s, more than 2)."
+    ]
+
+
+def test_two_records_of_one_part_are_not_mixed_up(tmp_path):
+    record = part(tmp_path, "train", [point("minGRU", 64, 1.0)])
+    part(tmp_path, "train", [point("minGRU", 64, 2.0)], machine="Another CPU, 2 threads")
+    assert [machine for _, machine in shown.load(tmp_path)] == ["Another CPU, 2 threads", "Some CPU, 2 threads"]
+    other = copy.deepcopy(record)
+    other["config"]["data"]["limit"] = 3.0
+    other["run_id"] = shown.run_id(other["config"])
+    records.write_json(records.record_path(tmp_path, "efficiency", other["run_id"]), other)
+    with pytest.raises(records.RecordError, match="are two of part train on Some CPU, 2 threads; remove one"):
+        shown.load(tmp_path)
+    other["run_id"] = "0" * 12
+    records.write_json(records.record_path(tmp_path / "b", "efficiency", "0" * 12), other)
+    with pytest.raises(records.RecordError, match="remove it to have it measured again"):
+        shown.load(tmp_path / "b")
+
+
+def test_every_claim_has_a_published_value_and_the_other_way_round():
+    published = {row: value for (table, row, _, _), value in tables.read_paper(PAPER).items() if table == "efficiency"}
+    assert published.keys() == {claim.row for claim in shown.CLAIMS}
+    assert published["GRU takes longer than minGRU, training, T = 4096"].value == 1324
+
+
+def test_figures_show_what_the_records_hold(tmp_path):
+    training(tmp_path, ours=(1, 8, 64), log=(4, 40, 600), loop=(40, 400, 3000), torch=(2, 40, 320))
+    sizes = {name: [point(n, 512, 1e-3, **{axis: s}) for s in (8, 64) for n in ("minGRU", "attention")]
+             for name, axis in (("batch", "batch"), ("width", "width"))}  # fmt: skip
+    for name, points in sizes.items():
+        part(tmp_path, name, points)
+    for name in ("context", "step"):
+        part(tmp_path, name, [point("minGRU", t, 1e-3) for t in (64, 128)])
+    counted = efficiency.parameters([8])
+    part(tmp_path, "parameters", counted)
+    ((_, parts),) = shown.load(tmp_path).items()
+    drawn = efficiency_figures.draw(parts)
+    assert list(drawn) == ["train_time", "train_memory", "speedup", "latency", "parameters", "size"]
+    assert set(drawn) <= set(shown.FIGURES)
+    (ax,) = drawn["speedup"].axes
+    assert [list(line.get_ydata()) for line in ax.lines[:3]] == [[2, 5, 5], [40, 50, 3000 / 64], [10, 10, 5]]
+    formula, marks = drawn["parameters"].axes[0].lines[:2]
+    assert list(formula.get_ydata()) == pytest.approx([100 / 3, 200 / 9, 100 / 6, 40 / 3])
+    assert marks.get_ydata()[0] == pytest.approx(100 * (2 * 8 * 9) / (3 * 8 * 18))
+    rate = drawn["size"].axes[0].lines[0]
+    assert list(rate.get_ydata()) == pytest.approx([8 * 512 / 1e-3 / 1e6, 64 * 512 / 1e-3 / 1e6])
+    assert {path.name for path in figures.write_all(tmp_path)} == {
+        f"efficiency_{name}_cpu_some_cpu_2_threads.png" for name in drawn
+    }
+
+
+def test_parts_are_those_that_can_be_chosen():
+    chosen = {path.stem for path in (launch.CONFIGS / "efficiency/part").glob("*.yaml")}
+    assert chosen == set(shown.TITLES) and all(set(parts) <= chosen for parts in shown.PARTS.values())
+    for name in chosen:
+        assert launch.compose("efficiency", [f"part={name}"])["data"]["part"] == name
+
+
+# -- in reproduce-all
+
+
+def test_it_runs_alone_and_is_told_to_stop(tmp_path):
+    planner = partial(reproduce.Planner, [], str(tmp_path), str(tmp_path), lambda *_: [])
+    assert planner().alone([sys.executable, "-c", "raise SystemExit(75)"]) == 75
+    began = time.monotonic()
+    late = planner(budget=-reproduce.GRACE)
+    assert late.alone([sys.executable, "-c", "import time; time.sleep(60)"]) == -15
+    assert time.monotonic() - began < 30 and not late.jobs
+
+
+def test_reproduce_measures_what_is_asked_for(tmp_path):
+    command = [sys.executable, "-m", "scripts.reproduce", "--profile", "smoke", "--only", "efficiency: parameters"]
+    command += ["--results-dir", str(tmp_path)]
+    said = subprocess.run(command, cwd=launch.CONFIGS.parent, capture_output=True, text=True, check=True).stdout
+    assert "16 of 16 points" in said and (tmp_path / "REPORT_smoke.md").exists()
+    assert len(record_of(tmp_path)["points"]) == 16
