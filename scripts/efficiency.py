@@ -102,11 +102,14 @@ def load(results_dir: str | Path) -> Machines:
         if part.name in here:  # of other settings given by hand
             raise RecordError(
                 f"records {here[part.name].record['run_id']} and {record['run_id']} are two of part {part.name} on "
-                f"{part.machine}; remove one"
+                f"{part.machine}; remove one, or measure it with a data.part of its own"
             )
         here[part.name] = part
     order = {name: i for i, name in enumerate(TITLES)}
-    return {key: dict(sorted(parts.items(), key=lambda item: order[item[0]])) for key, parts in sorted(found.items())}
+    return {
+        key: dict(sorted(parts.items(), key=lambda item: order.get(item[0], 99)))
+        for key, parts in sorted(found.items())
+    }
 
 
 def slug(profile: str, machine: str) -> str:
@@ -247,7 +250,7 @@ def caption(part: Part) -> str:
     at = f"; it copies {limits['bandwidth'] / 1e9:.0f} GB/s and multiplies {limits['matrix_rate'] / 1e9:.0f} GFLOP/s"
     commit, clean = part.record["git"]["commit"] or "unknown", part.record["git"]["clean"]
     return (
-        f"{TITLES[part.name]}: one layer, {', '.join(fixed)}, {data['dtype']}. Median of "
+        f"{TITLES.get(part.name, part.name)}: one layer, {', '.join(fixed)}, {data['dtype']}. Median of "
         f"{data['least']} runs or more, all layers by turns in one process, each first checked against float64. "
         f"{_machine(hardware)}{at if limits else ''}; {listed}; commit {commit[:10]}{'' if clean else ' with changes'}."
     )
@@ -296,6 +299,12 @@ def findings(parts: dict[str, Part]) -> list[str]:
                     f"times as fast at length {last}."
                 )
         for layer in ("minGRU", "minLSTM"):
+            shares = [point["least"] / point["median"] for point in train.of(layer).values() if point.get("least")]
+            if shares:
+                said.append(
+                    f"{layer}: {min(shares):.2f} to {max(shares):.2f} of the speed that the measured rates of copying "
+                    "and of matrix products allow."
+                )
             exponent = growth(train, layer)
             if exponent is not None:
                 verdict = "linear" if abs(exponent - 1) <= LINEAR else "not linear"

@@ -4,7 +4,8 @@ The paper's figures 1, 3 and 4 (arXiv 2410.01201), with two baselines each: the 
 and the layer that a user of torch has. A record's `points` hold, for each layer at each size:
 
     status    done, time-out, out of memory or failed, with the reason
-    median, q1, q3, min    seconds of a run; n of them. All layers of a point are run by turns
+    median, q1, q3, min    seconds of a run; n of them. All layers of a point are run by turns, in a process that keeps
+              what is freed, as this project's training does
     peak      bytes: what a run allocates beyond weights and input. On a CPU by the growth of the resident size of a
               process of its own, which allocates as any Python process does; on a GPU by torch's allocator
     operations, bytes, least    what must be done (experiments/cost.py) and the seconds that this takes here at least
@@ -36,7 +37,7 @@ STARTED = time.monotonic()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPANSIONS = (1, 2, 3, 4)
 WARM_UPS = 2
-PATIENCE = 3  # times data.limit: until a run whose memory is measured is stopped
+PATIENCE = 4  # times data.limit: until a run whose memory is measured is stopped
 
 Point = dict[str, Any]
 
@@ -113,6 +114,7 @@ def measure(cfg: Efficiency, device: torch.device, folder: Path, why_stop: Calla
         return {"points": parameters(data.widths)}
     if data.task == "step":
         layers = {name: layer for name, layer in layers.items() if layer.step}
+    machine.keep_freed_memory()  # as every training process of this project does
     torch.manual_seed(cfg.seed)
     errors = _errors(layers, min(data.widths), device, dtype)
     elsewhere = data.memory and device.type == "cpu"
@@ -187,14 +189,20 @@ class Bench:
         self.points.append({"layer": layer, **size, "status": status, "reason": reason, **values})
 
     def may(self, layer: str, points: list[Point]) -> bool:
-        """False where a shorter sequence was too much already; that is noted."""
-        for point in points:
-            same = point["layer"] == layer and point["width"] == self.width and point["batch"] == self.batch
-            if same and point["status"] != "done":
-                reason = point["reason"] if "shorter" in point["reason"] else f"{point['reason']} at a shorter length"
-                self.note(layer, point["status"], reason)
-                return False
-        return True
+        """False where a shorter sequence was too much already, or says that this one will be; that is noted."""
+        shorter = [p for p in points if (p["layer"], p["width"], p["batch"]) == (layer, self.width, self.batch)]
+        if not shorter:
+            return True
+        last = shorter[-1]
+        if last["status"] != "done":
+            reason = last["reason"] if "shorter" in last["reason"] else f"{last['reason']} at a shorter length"
+            self.note(layer, last["status"], reason)
+            return False
+        expected = last["median"] * self.length / last["length"]
+        if self.data.task != "step" and expected > self.data.limit:
+            taken = f"a run of a shorter one, {last['length']}, took {last['median']:.2g} s"
+            self.note(layer, "time-out", f"{taken}, so it would take more than {self.data.limit:g}")
+        return self.data.task == "step" or expected <= self.data.limit
 
     def measure(self, layers: dict[str, Layer]) -> None:
         data, peaks, calls, times = self.data, {}, {}, {}
@@ -208,7 +216,7 @@ class Bench:
                     before = torch.cuda.memory_allocated()
                 for _ in range(WARM_UPS):
                     once = self._seconds(calls[name])
-                    if once > data.limit:
+                    if once > data.seconds:  # long enough to have warmed up in it
                         break
                 if self.device.type == "cuda" and data.memory:
                     peaks[name] = torch.cuda.max_memory_allocated() - before
@@ -221,7 +229,7 @@ class Bench:
             else:
                 if once > data.limit:
                     del calls[name]
-                    self.note(name, "time-out", f"a run took {once:.2g} s, more than {data.limit:g}")
+                    self.note(name, "time-out", self._too_long(once))
                 else:
                     times[name] = []
         left = dict(calls)
@@ -234,6 +242,9 @@ class Bench:
             q1, median, q3 = statistics.quantiles(taken, n=4, method="inclusive")
             values = {"median": median, "q1": q1, "q3": q3, "min": min(taken), "n": len(taken), "peak": peaks.get(name)}
             self.note(name, "done", **values, **self._costs(name, layers[name]), **self._energy(calls[name], median))
+
+    def _too_long(self, once: float) -> str:
+        return f"a run took {once:.2g} s, more than {self.data.limit:g}"
 
     def _enough(self, taken: list[float]) -> bool:
         if len(taken) < self.data.least:

@@ -66,7 +66,9 @@ def answer(layer: str, task: str, dtype: str, threads: int, seconds: float, *siz
     number = -os.waitstatus_to_exitcode(status)
     if number == signal.SIGALRM:
         return "time-out", f"a run took more than {seconds:g} s"
-    return ("out of memory", "killed by the system") if number == signal.SIGKILL else ("failed", f"ended by {number}")
+    if number == signal.SIGKILL:
+        return "out of memory", "killed by the system"
+    return "failed", f"ended by signal {number}"
 
 
 def peak(layer: str, task: str, dtype: str, threads: int, width: int, batch: int, length: int) -> int:
