@@ -163,7 +163,7 @@ def test_what_cannot_be_done_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch
     said = "a run of a shorter one, 50, took 0.05 s, so it would take more than 0.08"
     assert reasons["slow", 100] == reasons["slow", 200] == said
     found = measure(tmp_path / "b", monkeypatch, {"slow": stub(1e-3)}, "data.limit=0.03")
-    reasons = {(point["layer"], point["length"]): point["reason"] for point in found["points"]} | reasons
+    reasons |= {(point["layer"], point["length"]): point["reason"] for point in found["points"]}
     assert reasons["slow", 50] == "a run took 0.05 s, more than 0.03"
     assert reasons["short", 100] == "RuntimeError: not this long" and reasons["full", 100] == "no room"
     assert "off by" in found["errors"]["wrong"] and "it does not run here" in found["errors"]["absent"]
