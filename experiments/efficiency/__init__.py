@@ -207,6 +207,7 @@ class Bench:
     def measure(self, layers: dict[str, Layer]) -> None:
         data, peaks, calls, times = self.data, {}, {}, {}
         if self.peaks is not None:
+            machine.return_freed_memory()
             layers = {name: layer for name, layer in layers.items() if self._peak_elsewhere(name, peaks)}
         for name, layer in layers.items():
             try:
@@ -250,7 +251,7 @@ class Bench:
         if len(taken) < self.data.least:
             return False
         q1, median, q3 = statistics.quantiles(taken, n=4, method="inclusive")
-        return sum(taken) >= self.data.seconds or (len(taken) >= 10 and (q3 - q1) / median <= self.data.spread)
+        return sum(taken) >= self.data.seconds or (len(taken) >= 10 and q3 - q1 <= self.data.spread * median)
 
     def _seconds(self, call: Callable[[], object]) -> float:
         if self.device.type == "cuda":
@@ -287,8 +288,8 @@ class Bench:
         return status == "done"
 
     def _costs(self, name: str, layer: Layer) -> Point:
-        """Of one run. What cannot be counted is not; and no loop, where even counting takes minutes."""
-        if name.endswith("loop"):
+        """Of one run over a sequence. What cannot be counted is not; and no loop, where counting takes minutes."""
+        if name.endswith("loop") or self.data.task not in ("train", "forward"):
             return {}
         try:
             with FakeTensorMode():

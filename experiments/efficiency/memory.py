@@ -51,8 +51,8 @@ def answer(layer: str, task: str, dtype: str, threads: int, seconds: float, *siz
         except MemoryError as error:
             said = ("out of memory", str(error))
         except RuntimeError as error:
-            status = "out of memory" if "can't allocate memory" in str(error) else "failed"
-            said = (status, str(error).strip().splitlines()[-1][:300])
+            _, short, size = str(error).partition("can't allocate memory: you ")
+            said = ("out of memory", size.partition(".")[0]) if short else ("failed", str(error).strip()[-300:])
         except Exception as error:
             said = ("failed", f"{type(error).__name__}: {error}"[:300])
         os.write(write, json.dumps(said).encode())
