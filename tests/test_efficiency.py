@@ -156,9 +156,7 @@ def test_what_cannot_be_done_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch
         return net(x)
 
     kinds["full"] = dataclasses.replace(kinds["full"], read=read)
-    found = measure(
-        tmp_path, monkeypatch, kinds, "data.limit=0.08", "data.seconds=1"
-    )  # "slow" at 50 says that it takes 0.1 at 100
+    found = measure(tmp_path, monkeypatch, kinds, "data.limit=0.08", "data.seconds=1")
     assert statuses(found) == {
         **{("quick", n): "done" for n in (50, 100, 200)},
         ("slow", 50): "done", ("slow", 100): "time-out", ("slow", 200): "time-out",
@@ -175,7 +173,7 @@ def test_what_cannot_be_done_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch
     assert reasons["slow", 50] == "a run took 0.05 s, more than 0.03"
     assert reasons["short", 100] == "RuntimeError: not this long" and reasons["full", 100] == "no room"
     assert "off by" in errors["wrong"] and "it does not run here" in errors["absent"] and errors["quick"] < 1e-6
-    assert first["min"] == first["q1"] == first["median"] == first["q3"] == pytest.approx(0.05) and first["n"] == 10
+    assert [first[key] for key in ("min", "q1", "median", "q3")] == pytest.approx([0.05] * 4) and first["n"] == 10
 
 
 def test_our_own_layers_being_wrong_is_an_error(tmp_path, monkeypatch):
