@@ -368,15 +368,16 @@ def left_out(parts: dict[str, Part]) -> list[str]:
     return [f"Not timed in part {name}: {layer}, {reason}." for (name, layer), reason in said.items()]
 
 
-FIGURES = {  # in the order of the report, with what is said below each
-    "train_time": "Time of forward, loss and backward.",
-    "speedup": "How many times as fast: against torch's layer, against a hand-written loop, and as the paper compares.",
-    "train_memory": "Peak memory of forward, loss and backward, beyond weights and input.",
-    "latency": "Latency in use.",
-    "long_time": "Forward, loss and backward of a single sequence.",
-    "forward_time": "Forward alone.",
-    "half_time": "Forward, loss and backward in 16 bits.",
-    "half_memory": "Peak memory in 16 bits.",
-    "size": "Training speed against batch size and width.",
-    "parameters": "Parameters of the minimal layers over those of GRU and LSTM; lines: the paper's formula.",
-}
+FIGURES = {  # in the order of the report: the part that says how it was measured, and what it shows
+    "train_time": ("train", "Time."),
+    "speedup": ("train", "How many times as fast: torch's layers and hand-written loops over this project's, and loops "
+        "over log space, as the paper compares."),
+    "train_memory": ("train", "Peak memory of a run, beyond weights and input."),
+    "latency": ("step", "Latency: a context read and one token more, and one token alone."),
+    "long_time": ("long", "Time."),
+    "forward_time": ("forward", "Time."),
+    "half_time": ("half", "Time."),
+    "half_memory": ("half", "Peak memory of a run, beyond weights and input."),
+    "size": ("batch", "Training speed, by batch size and by width."),
+    "parameters": ("parameters", "Parameters over those of GRU and LSTM; lines: the paper's formula."),
+}  # fmt: skip

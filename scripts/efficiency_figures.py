@@ -4,13 +4,17 @@ from collections.abc import Callable, Iterable
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
 from scripts.efficiency import BASELINES, FAMILIES, Part
 from scripts.style import STYLES, head
 
-TITLES = {"minGRU": "minGRU and GRU", "minLSTM": "minLSTM and LSTM", "others": "minimal RNNs, Mamba, attention"}
+TITLES = {"minGRU": "minGRU and GRU", "minLSTM": "minLSTM and LSTM", "others": "Mamba and attention"}
 MIB = 2**20
+STYLE_OF = {  # the same in every figure
+    "minGRU": 0, "minLSTM": 1, "minGRU, log-space": 5, "minLSTM, log-space": 5, "minGRU-pytorch": 2, "GRU, torch": 3,
+    "LSTM, torch": 2, "GRU, loop": 4, "LSTM, loop": 4, "Mamba": 4, "mamba-ssm": 3, "attention": 5,
+}  # fmt: skip
 
 
 def draw(parts: dict[str, Part]) -> dict[str, Figure]:
@@ -34,10 +38,10 @@ def draw(parts: dict[str, Part]) -> dict[str, Figure]:
 
 
 def _lines(ax: Axes, part: Part, layers: Iterable[str], axis: str, y: Callable[[int, dict], float | None]) -> None:
-    for layer, style in zip(layers, STYLES, strict=False):
+    for layer in layers:
         places = [(n, value) for n, point in part.of(layer, axis).items() if (value := y(n, point)) is not None]
         if places:
-            ax.plot(*zip(*places, strict=True), **style, label=layer)
+            ax.plot(*zip(*places, strict=True), **STYLES[STYLE_OF[layer]], label=layer)
 
 
 def _log(ax: Axes, sizes: Iterable[int]) -> None:
@@ -58,14 +62,14 @@ def short(size: int) -> str:
 
 
 def against_length(part: Part, key: str, scale: float, label: str) -> Figure:
-    figure = Figure(figsize=(7.4, 3.0), layout="constrained")
+    figure = Figure(figsize=(7.0, 3.4), layout="constrained")
     panels = {family: [name for name in names if part.of(name)] for family, names in FAMILIES.items()}
     panels = {family: names for family, names in panels.items() if names}
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (family, layers) in zip(axes, panels.items(), strict=True):
         _lines(ax, part, layers, "length", lambda n, point: point[key] * scale if point.get(key) else None)
         _log(ax, {point["length"] for point in part.points})
-        head(ax, TITLES[family], columns=2)
+        head(ax, TITLES[family], columns=1)
     axes[0].set_ylabel(label)
     figure.supxlabel("length, tokens", fontsize=8)
     return figure
@@ -97,6 +101,8 @@ def speedup(ratios: Ratios) -> Figure:
             ax.plot(list(values), list(values.values()), **style, label=name)
         ax.axhline(1, color="#888888", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
         _log(ax, {n for values in lines.values() for n in values})
+        ax.yaxis.set_major_locator(LogLocator(2))
+        ax.yaxis.set_minor_locator(FixedLocator([]))
         head(ax, ours, columns=1)
     axes[0].set_ylabel("how many times as fast")
     figure.supxlabel("length, tokens", fontsize=8)

@@ -80,6 +80,8 @@ class Cell:
         return f"{self.row}, {TABLES[self.table].column} {self.column}" if TABLES[self.table].column else self.row
 
 
+SCALES = ("cpu", "paper")  # profiles that measure something
+
 COPYING_SCALE = (
     ("data.length", "body length"),
     ("data.tokens", "tokens to copy"),
@@ -119,6 +121,8 @@ def commonest(config: dict[str, Any]) -> float:
         expected += 1 - math.factorial(tokens) * powers[tokens] / symbols**tokens
     return 100 * expected / tokens
 
+
+BIASES = ("bias 0", "bias 1", "bias 2", "bias 4")
 
 TABLES = {
     "charlm": Table(
@@ -198,6 +202,14 @@ TABLES = {
             ("Mamba", ("Mamba S6", "Mamba S4", "Mamba Hyena")),
         ),
     ),
+    "forget_bias": Table(
+        title="Figure 5: bias of the forget gate",
+        caption="minLSTM with 3 layers on selective copying, the forget gate's bias starting from so much.",
+        column=None,
+        settings=COPYING_SCALE,
+        chance=_chance,
+        panels=(("minLSTM, bias of the forget gate", BIASES),),
+    ),
     "selective_copy_longer": Table(
         title="Selective copying on a longer body",
         caption="On the way from the scaled task to the paper's: the paper's number of tokens in a body four times as "
@@ -225,6 +237,12 @@ def _baseline(order: int, row: str, model: str) -> Cell:
     return _copying(order, row, f"model={model}", "model.layers=2", paper=("train.lr=1e-4",))
 
 
+def _bias(order: int, row: str) -> Cell:
+    settings = ("model=minlstm", "model.layers=3", f"model.forget_bias={row.removeprefix('bias ')}")
+    metric, experiment = "test_accuracy_percent", "selective_copy"
+    return Cell("forget_bias", row, "accuracy", metric, experiment, settings, order, profiles=SCALES)
+
+
 def _longer(order: int, row: str, *overrides: str) -> Cell:
     settings = (*overrides, "data.length=256", "data.tokens=16")
     metric, experiment = "test_accuracy_percent", "selective_copy"
@@ -248,9 +266,6 @@ def _decision(table: str, source: str, model: str, dataset: str, order: int, pro
     settings = (f"model={DECISION_MODELS[model]}", f"data.dataset={source}/{dataset}")
     settings += () if model == "DT" else ("eval.context=null",)
     return Cell(table, model, dataset, "score", "decision", settings, order, paper, profiles=profiles)
-
-
-SCALES = ("cpu", "paper")
 
 
 WALKER = "data.dataset=local/walker2d-medium"
@@ -338,6 +353,7 @@ CELLS = (
     _copying(210, "LSTM", "model=lstm", "model.layers=3", "model.expansion=1.875"),
     _copying(220, "minLSTM unnormalised", "model=minlstm_unnormalized", "model.layers=3"),
     _baseline(230, "No gate S4D", "s4d"),
+    *(_bias(240 + i, row) for i, row in enumerate(BIASES)),
     _longer(180, "minGRU", "model=mingru", "model.layers=3"),
     _longer(190, "No gate S4", "model=s4", "model.layers=2"),
 )

@@ -94,6 +94,21 @@ def copying_found(profile: str, found: list[Entry]) -> list[str]:
     return said
 
 
+def bias_found(profile: str, found: list[Entry]) -> list[str]:
+    """By the mean over the curve: who learns sooner has more of it."""
+    done = [entry for entry in found if entry.done]
+    if len(done) < 2:
+        return []
+    curves = [[value for r in entry.done for _, _, value in r["curves"]["val_accuracy"]] for entry in done]
+    means = [100 * sum(values) / len(values) for values in curves]
+    rises = all(low < high for low, high in zip(means, means[1:], strict=False))
+    listed = " → ".join(f"{mean:.1f} ({entry.cell.row})" for mean, entry in zip(means, done, strict=True))
+    return [
+        f"Mean accuracy over training: {listed}. It {'rises' if rises else 'does not rise'} with each larger bias, as "
+        f"the paper's Figure 5 {'has' if rises else 'would have'} it."
+    ]
+
+
 def language_found(profile: str, found: list[Entry]) -> list[str]:
     done = sorted((entry for entry in found if entry.done), key=lambda entry: entry.mean("best"))
     transformer = next((entry for entry in done if entry.cell.row == "Transformer"), None)
@@ -195,6 +210,7 @@ FINDINGS: dict[str, Callable[[str, list[Entry]], list[str]]] = {
     "table1_layers": layers_found,
     "table2_selective_copy": copying_found,
     "selective_copy_longer": copying_found,
+    "forget_bias": bias_found,
     "charlm": language_found,
     "decision_local": decision_found,
     "table3_d4rl": decision_found,
@@ -326,10 +342,10 @@ def efficiency_section(folder: Path, profile: str, machine: str, parts: dict[str
         said.append(efficiency_claims(parts, read_paper(paper)).strip())
     found = efficiency.findings(parts) if profile != "smoke" else []
     said.append("\n".join(f"- {line}" for line in found + efficiency.left_out(parts)))
-    for name, text in efficiency.FIGURES.items():
+    for name, (part, text) in efficiency.FIGURES.items():
         path = f"figures/efficiency_{name}_{ending}.png"
-        if (folder / path).exists():
-            said.append(f"![{text}]({path})\n\n*{text}*")
+        if part in parts and (folder / path).exists():
+            said.append(f"![{text}]({path})\n\n*{text} {efficiency.caption(parts[part])}*")
     for part in parts.values():
         said.append(efficiency.caption(part) + "\n\n" + markdown_grid(*efficiency.grid(part)))
     records = [

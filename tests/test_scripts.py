@@ -383,6 +383,15 @@ def test_the_step_of_a_policy_is_drawn_from_the_benchmark(tmp_path):
     assert list(ours.get_ydata()) == [2, 2] and list(theirs.get_ydata()) == [1.5, 30]
 
 
+@pytest.mark.parametrize("last, said", [(0.9, "It rises with each"), (0.3, "It does not rise with each")])
+def test_what_is_said_of_the_forget_gates_bias(tmp_path, last, said):
+    for bias, value in (("minLSTM, layers 3", 0.2), ("bias 1", 0.4), ("bias 2", 0.6), ("bias 4", last)):
+        put(tmp_path, make_record(find("cpu", bias, 1)[0], value))
+    report.write_all(tmp_path)
+    page = (tmp_path / "REPORT.md").read_text()
+    assert "11.0 (bias 0) → 22.0 (bias 1) → 33.0 (bias 2)" in page and said in page
+
+
 def test_without_torch_and_twice_the_same(tmp_path):
     fill(tmp_path / "results", "paper")
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
@@ -396,12 +405,12 @@ def test_without_torch_and_twice_the_same(tmp_path):
     assert "table2_selective_copy_loss.png" in call("scripts.figures")
     assert "REPORT.md" in call("scripts.report")
     assert "figures/table2_selective_copy_accuracy.png" in (tmp_path / "results/REPORT.md").read_text()
-    assert "133 of 133 runs done, 0 left" in call("scripts.reproduce", "--profile", "paper", "--list")
+    assert "136 of 136 runs done, 0 left" in call("scripts.reproduce", "--profile", "paper", "--list")
     files = sorted(path for path in (tmp_path / "results").rglob("*") if path.is_file() and "runs" not in path.parts)
     before = {path: path.read_bytes() for path in files}
     for module in (tables, figures, report):
         module.write_all(tmp_path / "results")
-    assert {path: path.read_bytes() for path in files} == before and len(files) == 6 * 3 + (4 + 2 * 3) * 2 + 1
+    assert {path: path.read_bytes() for path in files} == before and len(files) == 7 * 3 + (4 + 2 * 3 + 2) * 2 + 1
 
 
 def test_figures_of_a_single_run(tmp_path):
