@@ -246,7 +246,7 @@ class CharLM(Run):
 
 @dataclass
 class DecisionData:
-    dataset: str = "local/hopper-medium"  # or d4rl/..., D4RL's own file
+    dataset: str = "local/hopper-medium"  # or d4rl/..., D4RL's own file; or minari/...
     context: int = 20  # steps of a training window
     tokens: int = 3  # of a step: return, state, action, one after another; or 1, their sum
     padding: str = "right"  # which no model sees; or left, which runs through a recurrence, as in the published code

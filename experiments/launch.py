@@ -5,6 +5,7 @@ budget, told to stop, or another process is at it) and the same command goes on;
 such a run counts as failed.
 """
 
+import dataclasses
 import difflib
 import importlib
 import os
@@ -74,6 +75,24 @@ def compose(experiment: str, overrides: list[str]) -> dict[str, Any]:
 def resolve(experiment: str, overrides: list[str]) -> config.Run:
     """The same as the typed object that a runner takes, its values checked."""
     return OmegaConf.to_object(_compose(experiment, overrides))
+
+
+def settings_of(kind: type, arguments: list[str]) -> Any:
+    """A dataclass of plain fields from key=value, for the commands that start no run.
+
+    Raises ValueError: the text says which argument, and what was expected.
+    """
+    kinds, values = {f.name: f.type for f in dataclasses.fields(kind)}, {}
+    for argument in arguments:
+        key, found, value = argument.partition("=")
+        if not found or key not in kinds:
+            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0)[0]
+            raise ValueError(f"{argument}: no such setting; the nearest is {near}=")
+        try:
+            values[key] = kinds[key](value)
+        except ValueError:
+            raise ValueError(f"{key}: expected {kinds[key].__name__}, got {value!r}") from None
+    return kind(**values)
 
 
 def _compose(experiment: str, overrides: list[str]) -> DictConfig:

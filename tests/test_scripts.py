@@ -76,7 +76,8 @@ def test_every_cell_composes_and_every_run_is_done_once(profile):
     assert sorted(filled, key=plan.CELLS.index) == [cell for cell in plan.CELLS if profile in cell.profiles]
     for row in ("minGRU", "minLSTM"):
         shared = next(run for run in runs if run.label == f"selective_copy: {row}, layers 3")
-        assert {cell.table for cell in shared.cells} == {"table1_layers", "table2_selective_copy"}
+        more = {"forget_bias"} if row == "minLSTM" and profile != "smoke" else set()
+        assert {cell.table for cell in shared.cells} == {"table1_layers", "table2_selective_copy"} | more
 
 
 def test_the_most_wanted_come_first_and_seeds_one_after_another():

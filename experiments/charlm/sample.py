@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from minrnn.models import TokenModel
 
 from .. import checkpoints, records
 from ..config import typed
+from ..launch import settings_of
 
 
 @dataclass
@@ -54,19 +56,7 @@ class Settings:
             raise ValueError("prompt: expected a character at least")
 
 
-def parse(arguments: list[str]) -> Settings:
-    kinds = {f.name: f.type for f in fields(Settings)}
-    values = {}
-    for argument in arguments:
-        key, found, value = argument.partition("=")
-        if not found or key not in kinds:
-            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0)[0]
-            raise ValueError(f"{argument}: no such setting; the nearest is {near}=")
-        try:
-            values[key] = kinds[key](value)
-        except ValueError:
-            raise ValueError(f"{key}: expected {kinds[key].__name__}, got {value!r}") from None
-    return Settings(**values)
+parse = partial(settings_of, Settings)
 
 
 def load(settings: Settings) -> tuple[TokenModel, str]:

@@ -10,6 +10,7 @@ import difflib
 import math
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from minrnn.models import DecisionModel
 
 from .. import checkpoints, records
 from ..config import Decision, typed
+from ..launch import settings_of
 from ..seeds import QUARTER, eval_seed
 from . import data, model
 from .episodes import rollout
@@ -52,18 +54,7 @@ class Settings:
             raise ValueError(f"path: expected a name that ends in .png, .pdf or .svg, got {self.path!r}")
 
 
-def parse(arguments: list[str]) -> Settings:
-    kinds, values = {f.name: f.type for f in fields(Settings)}, {}
-    for argument in arguments:
-        key, found, value = argument.partition("=")
-        if not found or key not in kinds:
-            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0)[0]
-            raise ValueError(f"{argument}: no such setting; the nearest is {near}=")
-        try:
-            values[key] = kinds[key](value)
-        except ValueError:
-            raise ValueError(f"{key}: expected {kinds[key].__name__}, got {value!r}") from None
-    return Settings(**values)
+parse = partial(settings_of, Settings)
 
 
 def load(settings: Settings) -> tuple[Decision, data.Dataset, DecisionModel]:
