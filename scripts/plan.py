@@ -63,6 +63,7 @@ class Cell:
     paper_overrides: tuple[str, ...] = ()  # in profile paper only
     scaled_overrides: tuple[str, ...] = ()  # in the others only
     profiles: tuple[str, ...] = PROFILES  # that have it
+    asked: tuple[str, ...] = ()  # profiles that leave it to who asks for it by name, as it takes long
 
     def config(self, profile: str) -> dict[str, Any]:
         return _compose(self.experiment, self.settings(profile))
@@ -265,7 +266,8 @@ def _decision(table: str, source: str, model: str, dataset: str, order: int, pro
     paper += ("train.lr=1e-4",) if paper or dataset == "walker2d-medium" else ()
     settings = (f"model={DECISION_MODELS[model]}", f"data.dataset={source}/{dataset}")
     settings += () if model == "DT" else ("eval.context=null",)
-    return Cell(table, model, dataset, "score", "decision", settings, order, paper, profiles=profiles)
+    asked = () if dataset.startswith("hopper") else ("cpu",)
+    return Cell(table, model, dataset, "score", "decision", settings, order, paper, profiles=profiles, asked=asked)
 
 
 WALKER = "data.dataset=local/walker2d-medium"
@@ -273,8 +275,8 @@ WALKER = "data.dataset=local/walker2d-medium"
 
 def _variant(order: int, row: str, *overrides: str) -> Cell:
     dataset = () if any("data.dataset" in o for o in overrides) else ("data.dataset=local/hopper-medium-replay",)
-    settings = ("model=mingru", *dataset, *overrides)
-    return Cell("decision_variants", row, "score", "score", "decision", settings, order, profiles=("cpu",))
+    settings, asked = ("model=mingru", *dataset, *overrides), () if dataset else ("cpu",)
+    return Cell("decision_variants", row, "score", "score", "decision", settings, order, profiles=("cpu",), asked=asked)
 
 
 def _language(order: int, row: str, *scaled: str, model: str | None = None) -> Cell:

@@ -392,7 +392,7 @@ def main() -> int:
     if arguments.output_dir is None:  # a checkpoint of one folder's run is not another's
         arguments.output_dir = "outputs" if arguments.results_dir == "results" else f"{arguments.results_dir}/outputs"
     workers = arguments.workers or (1 if has_gpu() else cores())
-    plan = [run for run in runs(profile, arguments.seeds) if _wanted(run.labels, arguments.only)]
+    plan = wanted(runs(profile, arguments.seeds), arguments.only)
     parts = [part for part in efficiency.PARTS[profile] if _wanted((f"efficiency: {part}",), arguments.only)]
     if not plan and not parts:
         sys.exit(f"error: --only: no run of profile {profile} has {arguments.only!r} in its name; --list names all")
@@ -530,6 +530,13 @@ def parse() -> argparse.Namespace:
         help="for every run; settings that change no result only: wandb.mode=online compile=true micro_batches=1",
     )  # fmt: skip
     return parser.parse_args()
+
+
+def wanted(plan: list[Run], only: str | None) -> list[Run]:
+    """Those with `only` in a name; without it all but those that nobody does unless asked."""
+    if only is not None:
+        return [run for run in plan if _wanted(run.labels, only)]
+    return [run for run in plan if any(run.config["profile"] not in cell.asked for cell in run.cells)]
 
 
 def _wanted(labels: Iterable[str], only: str | None) -> bool:

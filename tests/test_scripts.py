@@ -362,14 +362,19 @@ def test_scores_on_two_files_of_one_name_are_not_joined(tmp_path, monkeypatch):
 
 def test_only_some_runs_are_asked_for():
     def labels(only):
-        return {run.label for run in plan.runs("cpu", 1) if reproduce._wanted(run.labels, only)}
+        return {run.label for run in reproduce.wanted(plan.runs("cpu", 1), only)}
 
     assert labels("Layers 3") == {"selective_copy: minGRU, layers 3", "selective_copy: minLSTM, layers 3"}
     assert labels("hopper-medium-replay") == {  # one fills a cell of another table too
         f"decision: {model}, dataset hopper-medium-replay" for model in plan.DECISION_MODELS
     }
     assert "decision: minGRU, dataset hopper-medium-replay" in labels("as above")
-    assert labels(None) == {run.label for run in plan.runs("cpu", 1)} and not labels("mingru, layers 4")
+    assert not labels("mingru, layers 4")
+    every = {run.label for run in plan.runs("cpu", 1)}
+    asked = {label for label in every if "walker2d" in label or "halfcheetah" in label}
+    assert labels(None) == every - asked and len(labels("walker2d")) == 3 * 6 + 1 == len(labels("halfcheetah")) + 1
+    paper = plan.runs("paper", 1)
+    assert reproduce.wanted(paper, None) == paper
 
 
 def test_the_step_of_a_policy_is_drawn_from_the_benchmark(tmp_path):
