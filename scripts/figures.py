@@ -142,14 +142,17 @@ def score_against_target(table: str, found: list[Entry]) -> Figure:
 
 
 def interquartile(table: str, found: list[Entry]) -> Figure:
-    """Interquartile mean of all datasets and seeds, with 95 % of a bootstrap that draws seeds anew in each dataset.
+    """Interquartile mean over datasets and seeds, with 95 % of a bootstrap that draws seeds anew in each dataset.
 
-    (Agarwal et al., arXiv 2108.13264, section 4.)
+    (Agarwal et al., arXiv 2108.13264, section 4.) Of the datasets that every model has with all its seeds: else each
+    would have a mean over others.
     """
     figure = Figure(figsize=(4.2, 2.6), layout="constrained")
     ax = figure.subplots()
     panels = panels_of(table, found)
     names = [name for name in dict.fromkeys(entry.cell.row for entry in found) if any(m[name] for _, m in panels)]
+    most = {name: max(len(models[name]) for _, models in panels) for name in names}
+    panels = [panel for panel in panels if all(len(panel[1][name]) == most[name] for name in names)] or panels
     for i, name in enumerate(names):
         scores = [[record["metrics"]["last"]["test_score"] for record in models[name]] for _, models in panels]
         middle, low, high = interquartile_mean([seeds for seeds in scores if seeds])
@@ -157,6 +160,7 @@ def interquartile(table: str, found: list[Entry]) -> Figure:
         ax.errorbar([middle], [i], xerr=[[middle - low], [high - middle]], capsize=3, elinewidth=1, **style)
     ax.set_yticks(range(len(names)), names)
     ax.set(ylim=(len(names) - 0.5, -0.5), xlabel="interquartile mean of scores, % of an expert")
+    ax.set_title(", ".join(title for title, _ in panels), fontsize=7, loc="left")
     return figure
 
 

@@ -42,7 +42,10 @@ FIGURES = (
     ("{table}_accuracy{suffix}", "Mean over seeds, in a band from the least to the greatest."),
     ("{table}_steps{suffix}", "Evaluations in training: mean over seeds, in a band from the least to the greatest."),
     ("{table}_target{suffix}", "What was got where so much was asked for; dashed: as asked."),
-    ("{table}_interquartile{suffix}", "Over all datasets and seeds, last weights, with 95 % of a bootstrap."),
+    (
+        "{table}_interquartile{suffix}",
+        "Last weights, over the datasets that every model has with all its seeds, with 95 % of a bootstrap.",
+    ),
     (
         "{table}_loss{suffix}",
         "Loss: mean over seeds, in a band from the least to the greatest. Of a character model the validation loss, "

@@ -360,6 +360,20 @@ def test_scores_on_two_files_of_one_name_are_not_joined(tmp_path, monkeypatch):
         tables.load(tmp_path / "a")
 
 
+def test_interquartile_means_are_of_the_same_datasets(tmp_path):
+    for dataset, seeds in (("hopper-medium", 2), ("hopper-medium-expert", 2), ("walker2d-medium", 1)):
+        for model in ("minGRU", "DT"):
+            if (model, dataset) != ("DT", "walker2d-medium"):
+                for run in find("cpu", f"{model}, dataset {dataset}", seeds, "decision"):
+                    put(tmp_path, make_record(run, 0.9 if "walker" in dataset else 0.2 + 0.1 * run.seed))
+    found = next(
+        found for table, _, found in tables.measured_tables(tables.load(tmp_path)) if table == "decision_local"
+    )
+    (ax,) = figures.interquartile("decision_local", found).axes
+    assert ax.get_title(loc="left") == "hopper-medium, hopper-medium-expert"
+    assert [line.get_xdata()[0] for line in ax.lines if line.get_marker() in "os"] == pytest.approx([25, 25])
+
+
 def test_only_some_runs_are_asked_for():
     def labels(only):
         return {run.label for run in reproduce.wanted(plan.runs("cpu", 1), only)}
