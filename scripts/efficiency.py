@@ -16,9 +16,10 @@ from experiments.records import RecordError, read_records
 
 PARTS = {
     "smoke": ("train", "step", "parameters"),
-    "cpu": ("train", "parameters", "context", "step", "long", "forward", "batch", "width"),
+    "cpu": ("train", "parameters", "context", "step", "forward", "batch", "width"),
     "paper": ("train", "parameters", "context", "step", "long", "half", "forward", "batch", "width"),
 }  # in the order in which they are wanted
+ASKED = {"cpu": ("long",)}  # beside them, where it is asked for by name
 TITLES = {
     "train": "Forward, loss and backward, against the length",
     "long": "Forward, loss and backward, a single sequence",

@@ -393,7 +393,10 @@ def main() -> int:
         arguments.output_dir = "outputs" if arguments.results_dir == "results" else f"{arguments.results_dir}/outputs"
     workers = arguments.workers or (1 if has_gpu() else cores())
     plan = wanted(runs(profile, arguments.seeds), arguments.only)
-    parts = [part for part in efficiency.PARTS[profile] if _wanted((f"efficiency: {part}",), arguments.only)]
+    parts = list(efficiency.PARTS[profile])
+    if arguments.only is not None:
+        parts += efficiency.ASKED.get(profile, ())
+        parts = [part for part in parts if _wanted((f"efficiency: {part}",), arguments.only)]
     if not plan and not parts:
         sys.exit(f"error: --only: no run of profile {profile} has {arguments.only!r} in its name; --list names all")
     settings = [
