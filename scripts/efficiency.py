@@ -157,7 +157,9 @@ class Claim:
     def text(self, value: float | None) -> str:
         if value is None:
             return ""
-        return f"{value:+.0f} %" if self.excess else f"{value:.3g} x"
+        if self.excess:
+            return f"{value:+.0f} %"
+        return f"{value:,.0f} x" if value >= 100 else f"{value:.2g} x"
 
 
 def _claims() -> Iterator[Claim]:

@@ -313,7 +313,7 @@ def test_what_the_report_says_follows_from_the_numbers(tmp_path):
         if "|" in line
     }
     assert lines["GRU takes longer than minGRU, training, T = 512"] == ["175 x", "10 x", "5 x"]
-    assert lines["GRU takes longer than minGRU, training, T = 4096"] == ["1.32e+03 x", "5 x", "5 x"]
+    assert lines["GRU takes longer than minGRU, training, T = 4096"] == ["1,324 x", "5 x", "5 x"]
     assert lines["minGRU takes more memory than GRU, training, T = 512"] == ["+88 %", "+0 %", "-50 %"]
     assert lines["LSTM takes longer than minLSTM, training, T = 512"] == ["235 x", "", ""]
 

@@ -37,7 +37,7 @@ STARTED = time.monotonic()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPANSIONS = (1, 2, 3, 4)
 WARM_UPS = 2
-PATIENCE = 4  # times data.limit: until a run whose memory is measured is stopped
+PATIENCE = 4  # times data.limit: what a first run, and one whose memory is measured, may take
 
 Point = dict[str, Any]
 
@@ -215,10 +215,12 @@ class Bench:
                 if self.device.type == "cuda" and data.memory:
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()
-                for _ in range(WARM_UPS):
-                    once = self._seconds(calls[name])
-                    if once > data.seconds:  # long enough to have warmed up in it
+                once = self._seconds(calls[name])
+                for _ in range(WARM_UPS - 1):
+                    # Long enough to have warmed up in it, or hopeless; the first pays for memory that is new.
+                    if data.seconds < once <= data.limit or once > PATIENCE * data.limit:
                         break
+                    once = self._seconds(calls[name])
                 if self.device.type == "cuda" and data.memory:
                     peaks[name] = torch.cuda.max_memory_allocated() - before
             except torch.OutOfMemoryError as error:
