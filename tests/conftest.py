@@ -1,6 +1,11 @@
 import importlib.util
 import os
 
+# With a test process on every core, threads of torch's only wait for each other, up to five times as long, here and in
+# every process that a test starts. Read when torch is loaded, hence before.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # The Triton kernels run everywhere: compiled on a GPU, in Triton's interpreter elsewhere. Triton reads this

@@ -42,7 +42,7 @@ def execute(notebook, folder: Path, monkeypatch) -> None:
         kernel = AsyncKernelManager(
             kernel_name="python3", kernel_spec_manager=specs, transport="ipc", ip=f"{short}/kernel"
         )
-        client = NotebookClient(notebook, km=kernel, timeout=120, resources={"metadata": {"path": str(folder)}})
+        client = NotebookClient(notebook, km=kernel, timeout=600, resources={"metadata": {"path": str(folder)}})
         client.execute(cleanup_kc=True)  # a kernel that it was given would live on
 
 
