@@ -6,6 +6,7 @@ byte, under one version of matplotlib.
 """
 
 import json
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -160,7 +161,8 @@ def interquartile(table: str, found: list[Entry]) -> Figure:
         ax.errorbar([middle], [i], xerr=[[middle - low], [high - middle]], capsize=3, elinewidth=1, **style)
     ax.set_yticks(range(len(names)), names)
     ax.set(ylim=(len(names) - 0.5, -0.5), xlabel="interquartile mean of scores, % of an expert")
-    ax.set_title(", ".join(title for title, _ in panels), fontsize=7, loc="left")
+    names = ", ".join(title for title, _ in panels)
+    ax.set_title(textwrap.fill(names, 58, break_on_hyphens=False), fontsize=7, loc="left")
     return figure
 
 

@@ -418,7 +418,8 @@ def test_without_torch_and_twice_the_same(tmp_path):
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
 
     def call(*arguments):
-        command = [sys.executable, "-m", *arguments, "--results-dir", str(tmp_path / "results")]
+        command = [sys.executable, "-W", "error::UserWarning", "-m", *arguments]  # such as of a figure's layout
+        command += ["--results-dir", str(tmp_path / "results")]
         return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=ROOT).stdout
 
     assert "table1_layers.md" in call("scripts.tables")
