@@ -11,11 +11,13 @@
 The levels are made as D4RL made its own (arXiv 2004.07219, section 5), on gymnasium's physics: medium is what a policy
 does whose score is that of D4RL's medium set; medium-replay all that it had learned from by then; medium-expert the
 rows of medium, then what the best policy of the training does. But D4RL's learner is SAC everywhere, and here it is PPO
-where that is faster: its log is no replay buffer of SAC, and a score on these files is not one on D4RL's.
+where that is faster and TQC (arXiv 2005.04269) elsewhere: their logs are no replay buffers of SAC, and a score on these
+files is not one on D4RL's.
 """
 
 import argparse
 import difflib
+import importlib
 import json
 import os
 import sys
@@ -49,7 +51,8 @@ CANDIDATES = 5  # for the expert
 REPLAY = 200_000  # rows of medium-replay; of a longer log, episodes are left out evenly
 NEAR = 4  # score: a medium policy may be so far away ...
 EXPERT = 80  # ... and an expert should be as good; what is not is pointed out
-PACKAGES = ("gymnasium", "mujoco", "numpy", "stable-baselines3")
+# Where a learner comes from: sbx-rl is Stable-Baselines3 in JAX, with several times as many updates a second.
+PACKAGES = {"PPO": ("stable-baselines3",), "TQC": ("sbx-rl", "stable-baselines3", "jax")}
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Recipe:
     """
 
     medium: float  # mean score of D4RL's medium set, about
-    learner: str  # of stable_baselines3
+    learner: str  # PPO or TQC
     steps: int  # of training
     envs: int  # side by side
     settings: dict[str, Any]  # the learner's
@@ -74,10 +77,20 @@ PPO = {
     "learning_rate": 1e-3,
     "policy_kwargs": {"optimizer_kwargs": {"fused": True}},
 }
+# An update for each step, 64 at once. SAC in the same settings stays at 50.
+TQC = {
+    "learning_starts": 10_000,
+    "train_freq": 8,
+    "gradient_steps": 64,
+    "batch_size": 128,
+    "learning_rate": 6e-4,
+    "policy_delay": 2,
+    "policy_kwargs": {"net_arch": [128, 128]},
+}
 RECIPES = {
     "hopper": Recipe(44.3, "PPO", 600_000, 8, PPO),
     "walker2d": Recipe(62.0, "PPO", 800_000, 8, PPO, falls=True),
-    "halfcheetah": Recipe(42.7, "SAC", 700_000, 8, {}),
+    "halfcheetah": Recipe(42.7, "TQC", 800_000, 8, TQC),
 }
 
 
@@ -93,8 +106,8 @@ class Policy:
 
     Args:
         arrays: `mean`, `std`, `clip` of observations; `weight0`, `bias0` and so on, of the layers; and `log_std` (A,),
-            or `weight_std`, `bias_std` of the layer that gives it. With the latter, SAC's form, hidden layers are ReLU
-            and actions tanh; with the former, PPO's, hidden layers are tanh and actions clipped.
+            or `weight_std`, `bias_std` of the layer that gives it. With the latter, TQC's form (and SAC's), hidden
+            layers are ReLU and actions tanh; with the former, PPO's, hidden layers are tanh and actions clipped.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]):
@@ -122,25 +135,26 @@ class Policy:
 
     @classmethod
     def of(cls, learner: Any) -> "Policy":
-        """What a learner of stable_baselines3 would do now."""
+        """What a learner would do now: PPO of stable_baselines3, TQC of sbx."""
         normalization = learner.get_vec_normalize_env()
         arrays = {"mean": np.zeros(1), "std": np.ones(1), "clip": np.array(np.inf)}
         if normalization is not None:
             of = normalization.obs_rms
             arrays = {"mean": of.mean, "std": np.sqrt(of.var + normalization.epsilon)}
             arrays["clip"] = np.array(normalization.clip_obs)
-        squashed = hasattr(learner, "actor")
-        actor = learner.actor if squashed else learner.policy
-        hidden = actor.latent_pi if squashed else actor.mlp_extractor.policy_net
-        layers = [layer for layer in hidden if isinstance(layer, torch.nn.Linear)]
-        layers = dict(enumerate([*layers, actor.mu if squashed else actor.action_net]))
-        if squashed:
-            layers["_std"] = actor.log_std
+        policy = learner.policy
+        if hasattr(policy, "actor_state"):
+            params = policy.actor_state.params["params"]
+            dense = [params[f"Dense_{i}"] for i in range(len(params))]  # hidden layers, mean, logarithm of deviation
+            *layers, log_std = [(layer["kernel"].T, layer["bias"]) for layer in dense]
+            arrays |= {"weight_std": log_std[0], "bias_std": log_std[1]}
         else:
-            arrays["log_std"] = actor.log_std
-        for name, layer in layers.items():
-            arrays |= {f"weight{name}": layer.weight, f"bias{name}": layer.bias}
-        return cls({k: x.detach().numpy().copy() if torch.is_tensor(x) else x.copy() for k, x in arrays.items()})
+            linear = [layer for layer in policy.mlp_extractor.policy_net if isinstance(layer, torch.nn.Linear)]
+            layers = [(x.weight.detach().numpy(), x.bias.detach().numpy()) for x in (*linear, policy.action_net)]
+            arrays["log_std"] = policy.log_std.detach().numpy()
+        for i, (weight, bias) in enumerate(layers):
+            arrays |= {f"weight{i}": weight, f"bias{i}": bias}
+        return cls({name: np.array(x) for name, x in arrays.items()})
 
 
 class Recorder(gymnasium.Wrapper):
@@ -233,10 +247,10 @@ class Checkpoint:
 
 def train(env: str, seed: int, bar: tqdm) -> tuple[list[Checkpoint], list[Episode]]:
     """Checkpoints in order, and the log: each episode that the learner saw to its end, in the order of their ends."""
-    import stable_baselines3
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
     recipe, log, checkpoints = RECIPES[env], [], []
+    learner = learner_class(recipe.learner)
     envs = DummyVecEnv([lambda: environment(env, log)] * recipe.envs)
     settings = dict(recipe.settings)
     if recipe.learner == "PPO":
@@ -244,7 +258,7 @@ def train(env: str, seed: int, bar: tqdm) -> tuple[list[Checkpoint], list[Episod
     if recipe.falls:
         rate = settings["learning_rate"]
         settings["learning_rate"] = lambda left: left * rate
-    learner = getattr(stable_baselines3, recipe.learner)("MlpPolicy", envs, seed=seed, device="cpu", **settings)
+    learner = learner("MlpPolicy", envs, seed=seed, device="cpu", **settings)
 
     def look(*_) -> bool:
         step, count = learner.num_timesteps, len(checkpoints) + 1
@@ -259,6 +273,17 @@ def train(env: str, seed: int, bar: tqdm) -> tuple[list[Checkpoint], list[Episod
     learner.learn(recipe.steps, callback=look)
     envs.close()
     return checkpoints, log
+
+
+def learner_class(name: str) -> type:
+    package = PACKAGES[name][0].removesuffix("-rl").replace("-", "_")
+    try:
+        return getattr(importlib.import_module(package), name)
+    except ModuleNotFoundError as error:
+        raise CollectError(
+            f"{name} is that of {PACKAGES[name][0]}, which is not installed ({error}): "
+            f"{Path(sys.executable).with_name('pip')} install {PACKAGES[name][0]}"
+        ) from error
 
 
 def choose(glances: list[float], look: Callable[[int], float], medium: float) -> tuple[int, int]:
@@ -333,8 +358,9 @@ def trained(env: str, seed: int, folder: Path) -> Training:
 
 def _settings(env: str, seed: int) -> dict[str, Any]:
     """All that a training depends on."""
-    versions = machine.versions(*PACKAGES)
-    return {"environment": ENVIRONMENTS[env].id, "seed": seed, "recipe": asdict(RECIPES[env]), "versions": versions}
+    recipe = RECIPES[env]
+    versions = machine.versions("gymnasium", "mujoco", "numpy", *PACKAGES[recipe.learner])
+    return {"environment": ENVIRONMENTS[env].id, "seed": seed, "recipe": asdict(recipe), "versions": versions}
 
 
 def _train(env: str, seed: int, folder: Path) -> None:
@@ -420,6 +446,8 @@ def collect(settings: "Settings") -> None:
     if not paths:
         return
     torch.set_num_threads(settings.threads)
+    if settings.threads == 1:  # JAX reads it when it is loaded; its threads are slower beside other work
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     (settings.folder / "local").mkdir(parents=True, exist_ok=True)  # what cannot be written is better known at once
 
     training = None
@@ -475,13 +503,13 @@ def describe(settings: "Settings", level: str, episodes: list[Episode], training
         "episodes": len(episodes),
         "score": summary(scores(settings.env, episodes)),
         "learner": "none: actions are uniform",
-        "versions": machine.versions(*PACKAGES),
+        "versions": training.facts["versions"] if training else machine.versions("gymnasium", "mujoco", "numpy"),
         **machine.commit("scripts", "experiments"),
     }
     if training is not None:
         recipe = training.facts["recipe"]
         facts |= {
-            "learner": f"stable-baselines3 {recipe['learner']}",
+            "learner": f"{PACKAGES[recipe['learner']][0]} {recipe['learner']}",
             "learner_settings": json.dumps(recipe["settings"]),
             "training_steps": recipe["steps"],
             "training_seconds": training.facts["seconds"],

@@ -70,10 +70,9 @@ class Part:
     def layers(self) -> list[str]:
         return list(dict.fromkeys(point["layer"] for point in self.points))
 
-    def of(self, layer: str, axis: str = "length", **size: int) -> dict[int, Point]:
-        """The points that were measured, by a size; the others as given, or the greatest there is."""
-        fixed = {key: size.get(key, max(p[key] for p in self.points)) for key in ("width", "batch", "length")}
-        del fixed[axis]
+    def of(self, layer: str, axis: str = "length") -> dict[int, Point]:
+        """The points that were measured, by a size; the other two are the greatest there is."""
+        fixed = {key: max(p[key] for p in self.points) for key in ("width", "batch", "length") if key != axis}
         found = {
             point[axis]: point
             for point in self.points

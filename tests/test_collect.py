@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import h5py
@@ -169,6 +170,34 @@ def test_a_time_limit_is_no_fall():
         assert_same(episode, relived("halfcheetah", int(seed), episode))
 
 
+def in_jaxs_layout(model):
+    """What sbx, which need not be installed, would have of stable_baselines3's SAC."""
+    hidden = [layer for layer in model.actor.latent_pi if isinstance(layer, torch.nn.Linear)]
+    layers = enumerate([*hidden, model.actor.mu, model.actor.log_std])
+    dense = {f"Dense_{i}": {"kernel": x.weight.detach().numpy().T, "bias": x.bias.detach().numpy()} for i, x in layers}
+    policy = SimpleNamespace(actor_state=SimpleNamespace(params={"params": dense}))
+    return SimpleNamespace(get_vec_normalize_env=lambda: None, policy=policy)
+
+
+def test_a_policy_is_sbxs():
+    sbx = pytest.importorskip("sbx", reason="sbx-rl is not installed")
+    model = sbx.TQC("MlpPolicy", "Hopper-v4", seed=0, learning_starts=20, policy_kwargs={"net_arch": [32, 16]})
+    model.learn(40)
+    policy, seen = collect.Policy.of(model), np.random.default_rng(0).normal(0, 3, (50, 11)).astype(np.float32)
+    np.testing.assert_allclose(policy(seen, None), model.predict(seen, deterministic=True)[0], atol=1e-5)
+    law = model.policy.actor.apply(model.policy.actor_state.params, seen[:1]).distribution
+    a = policy.arrays
+    hidden = np.maximum(np.maximum(seen[:1] @ a["weight0"].T + a["bias0"], 0) @ a["weight1"].T + a["bias1"], 0)
+    log_std = np.minimum(hidden @ a["weight_std"].T + a["bias_std"], 2)
+    np.testing.assert_allclose(np.exp(log_std), law.stddev(), rtol=1e-4)
+
+
+def test_a_learner_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sbx", None)
+    with pytest.raises(collect.CollectError, match="sbx-rl, which is not installed .*pip install sbx-rl"):
+        collect.learner_class("TQC")
+
+
 @pytest.mark.parametrize("learner", ["PPO", "SAC"])
 def test_a_policy_is_its_learners(learner):
     envs = DummyVecEnv([lambda: gymnasium.make("Hopper-v4")])
@@ -177,7 +206,7 @@ def test_a_policy_is_its_learners(learner):
     settings = {"PPO": {"n_steps": 64, "learning_rate": 0.02}, "SAC": {"learning_starts": 20, "learning_rate": 0.02}}
     model = getattr(stable_baselines3, learner)("MlpPolicy", envs, seed=0, device="cpu", **settings[learner])
     model.learn(128)
-    policy = collect.Policy.of(model)
+    policy = collect.Policy.of(model if learner == "PPO" else in_jaxs_layout(model))
     seen = np.random.default_rng(0).normal(0, 3, (50, 11))
     given = envs.normalize_obs(seen) if learner == "PPO" else seen
     expected = model.predict(given, deterministic=True)[0]
