@@ -53,8 +53,8 @@ def count(step: Callable[[], object]) -> Cost:
     Meant for tensors made under `torch._subclasses.FakeTensorMode`, entered here too: nothing is computed and any size
     costs nothing. (Not for the device "meta", on which the scans have only their time loop.)
 
-    Operators of torch as it runs without compilation, with formulas from its `flop_counter`; causal attention counts
-    whole there, though half of it is masked. Views cost nothing. Fused, whatever torch does on this device:
+    Operators of torch as it runs without compilation, with formulas from its `flop_counter`, of causal attention half
+    of that, the rest being masked. Views cost nothing. Fused, whatever torch does on this device:
     - minrnn's scans, whose arithmetic hides behind what they read and write: no operations;
     - attention, which with dropout has no fused kernel on a CPU: counted without;
     - the RMS norm, as a layer norm: they read and write the same;
@@ -92,6 +92,9 @@ class _Counter(TorchDispatchMode):
             read = {k: x for k, x in taken.items() if not (name in OVERWRITES and k in changed)}
             formula = flop_registry.get(SAME.get(packet, packet))
             operations = formula(*args, **kwargs, out_val=out) if formula else 0
+            given = {argument.name: value for argument, value in zip(schema, args, strict=False)} | kwargs
+            if given.get("is_causal"):
+                operations //= 2
             self.note(name, operations, *read.values(), *changed.values(), *made.values())
         return out
 
@@ -164,7 +167,7 @@ class Machine:
 
     Attributes:
         bandwidth: bytes a second to and from memory, read plus written.
-        matrix_rate: operations a second of a float32 matrix product.
+        matrix_rate: operations a second of a matrix product, by the fastest library at hand.
         launch: seconds that an operator takes at least.
     """
 
@@ -176,7 +179,7 @@ class Machine:
     def seconds(self, cost: Cost) -> float:
         """The least time: every operator at the limit that binds it, one after another, nothing between them.
 
-        All operations at the rate of float32, also the few of S4 in double precision. What stays in a cache from one
+        All operations at one rate, also the few of S4 in double precision. What stays in a cache from one
         operator to the next can be faster.
         """
         return sum(times * self._one(call) for call, times in cost.items())
@@ -191,12 +194,17 @@ class Machine:
 T4 = Machine("T4", 320e9, 8.1e12, 2e-6)
 
 
-def here(device: str) -> Machine:
+def here(device: str, dtype: torch.dtype = torch.float32) -> Machine:
     """This machine, measured: a copy, a matrix product, and additions of one number; about 4 s on a CPU."""
     size = 8192 if device == "cuda" else 512  # on a core 3 ms, which nothing else interrupts every time
-    a, b = torch.randn(2, size, size, device=device)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     x = torch.ones(1, device=device)
-    product = min(seconds(lambda: a @ b, device, runs=(7, 300)))
+    products = [lambda: a @ b]
+    if device == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        # oneDNN, which torch takes for its LSTM but not for this: on AMD's processors twice as fast as MKL.
+        products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    with torch.inference_mode():
+        product = min(min(seconds(f, device, runs=(7, 300))) for f in products)
     tiny = min(seconds(lambda: [x.add_(1.0) for _ in range(1000)], device))
     name = torch.cuda.get_device_name() if device == "cuda" else hardware("cpu")["cpu"]
     return Machine(name, copy_bandwidth(device), 2 * size**3 / product, tiny / 1000)

@@ -248,13 +248,16 @@ def caption(part: Part) -> str:
     said = {"batch": "batch size", "width": "width", "length": "length"}
     fixed = [f"{text} {max(p[k] for p in points)}" for k, text in said.items() if k != _axis(part)]
     listed = ", ".join(f"{k} {v}" for k, v in versions.items() if v and k in ("python", "torch", "triton", "numba"))
-    limits = part.record.get("limits")
-    at = f"; it copies {limits['bandwidth'] / 1e9:.0f} GB/s and multiplies {limits['matrix_rate'] / 1e9:.0f} GFLOP/s"
+    limits, dtype = part.record["limits"], part.record["dtype"]
+    at = f"it copies {limits['bandwidth'] / 1e9:.0f} GB/s and multiplies {limits['matrix_rate'] / 1e9:.0f} GFLOP/s"
+    checked = "each first checked against float64"
+    if "gpu" in hardware and dtype == "float32":
+        checked += "; torch's GRU and LSTM multiply in TF32, as they do by default"
     commit, clean = part.record["git"]["commit"] or "unknown", part.record["git"]["clean"]
     return (
-        f"{TITLES.get(part.name, part.name)}: one layer, {', '.join(fixed)}, {data['dtype']}. Median of "
-        f"{data['least']} runs or more, all layers by turns in one process, each first checked against float64. "
-        f"{_machine(hardware)}{at if limits else ''}; {listed}; commit {commit[:10]}{'' if clean else ' with changes'}."
+        f"{TITLES.get(part.name, part.name)}: one layer, {', '.join(fixed)}, {dtype}. Median of "
+        f"{data['least']} runs or more, all layers by turns in one process, {checked}. "
+        f"{_machine(hardware)}; {at}; {listed}; commit {commit[:10]}{'' if clean else ' with changes'}."
     )
 
 

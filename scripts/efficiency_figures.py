@@ -111,7 +111,7 @@ def speedup(ratios: Ratios) -> Figure:
 
 def latency(context: Part, step: Part) -> Figure:
     figure = Figure(figsize=(7.0, 3.1), layout="constrained")
-    layers = [name for name in ("minGRU", "minLSTM", "GRU, torch", "LSTM, torch", "Mamba", "attention")]
+    layers = ("minGRU", "minLSTM", "GRU, torch", "LSTM, torch", "Mamba", "attention")
     axes = figure.subplots(1, 2)
     for ax, part, title in zip(axes, (context, step), ("context read, and one token", "one token alone"), strict=True):
         _lines(ax, part, layers, "length", lambda n, point: 1e3 * point["median"])

@@ -4,7 +4,7 @@ In this order, until the budget ends: kernel tests, kernel benchmark, efficiency
 of profile paper. All that is worth keeping lies in DIR as a few small files: state.tar.gz (records, what unfinished
 runs go on from, the benchmark's results), logs, summary.md. A later call with that state.tar.gz in its DIR (or
 `--state FILE`) goes on from there, and one in the same checkout does even without it. What comes before the runs is
-not done again for a commit for which it passed, and takes a third of the budget each at most.
+not done again for sources with which it passed, and takes a third of the budget each at most.
 
     python -m scripts.gpu --bring-home DIR      copies the records and the benchmark from DIR into results/
 
@@ -13,6 +13,7 @@ not done again for a commit for which it passed, and takes a third of the budget
 
 import argparse
 import contextlib
+import hashlib
 import json
 import shutil
 import signal
@@ -31,6 +32,14 @@ RESERVE = 20.0  # seconds of the budget, to stop and to pack
 WORK = Path("outputs/gpu")
 KEPT = ("done.json", "points.json")
 PARTS = {"tests": "kernel tests", "bench": "kernel benchmark", "efficiency": "efficiency"}
+
+
+def sources() -> str:
+    """A hash of the code here, which may be no clone and have no git."""
+    files = sorted(
+        path for folder in ("minrnn", "experiments", "benchmarks", "tests") for path in Path(folder).rglob("*.py")
+    )
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 class Session:
@@ -55,8 +64,7 @@ class Session:
                 archive.extractall(WORK, filter="data")
             self.say(f"goes on from {state}")
         self.done = json.loads((WORK / "done.json").read_text()) if (WORK / "done.json").exists() else {}
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-        self.commit = git.stdout.strip() or "unknown"
+        self.sources = sources()
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
 
@@ -94,16 +102,16 @@ class Session:
         return code
 
     def part(self, name: str, command: list[str]) -> None:
-        """Once for a commit; a failure is said and does not keep the rest from being done."""
+        """Once for the same sources; a failure is said and does not keep the rest from being done."""
         if self.left <= 0:
             return
-        if self.done.get(name) == self.commit:
-            self.say(f"{PARTS[name]}: passed before, for this commit")
+        if self.done.get(name) == self.sources:
+            self.say(f"{PARTS[name]}: passed before, with the same sources")
             return
         began, code = time.monotonic(), self.call(name, command, self.share)
         took = duration(time.monotonic() - began)
         if code == 0:
-            self.done[name] = self.commit
+            self.done[name] = self.sources
             records.write_json(WORK / "done.json", self.done)
             self.say(f"{PARTS[name]}: passed in {took}")
         else:
@@ -121,7 +129,8 @@ class Session:
         self.part("bench", [python, "-m", "benchmarks.run", device, "--results", str(WORK / "results"), *parts])
         profile = "smoke" if self.dry_run else "paper"
         measure = [python, "-m", "experiments.efficiency", "-m", f"part={','.join(PARTS_OF[profile])}"]
-        measure += [f"profile={profile}", f"budget={self.share:.0f}", f"results_dir={WORK / 'results'}"]
+        # It ends between two sizes, the longest of which takes a minute or two.
+        measure += [f"profile={profile}", f"budget={self.share / 2:.0f}", f"results_dir={WORK / 'results'}"]
         self.part("efficiency", [*measure, f"output_dir={WORK / 'runs'}"])
         if self.left > 10:
             planner = [python, "-m", "scripts.reproduce", "--profile", profile]

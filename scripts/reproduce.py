@@ -427,10 +427,19 @@ def main() -> int:
         print(f"then efficiency, where this machine has no record of it: {', '.join(parts)}", flush=True)
     if arguments.list:
         return 0
-    collect(planner)
     waiting = leave_without_data(planner)
+    planned, unmade = planner.runs, missing(planner)
+    if unmade:  # making them keeps one core busy for minutes, and a GPU idle: after all that needs none of them
+        planner.runs = [run for run in planned if not any(run in runs_of_it for runs_of_it in unmade.values())]
+        planner.go()
+        planner.runs = planned
+        collect(planner, unmade)
+        waiting += leave_without_data(planner)
     planner.go()
-    measured = 0 if planner.stopping or not parts else measure(planner, profile, parts)
+    if parts and planner.stopping:
+        print("efficiency was not come to; the same command goes on with it", flush=True)
+        parts = []
+    measured = measure(planner, profile, parts) if parts else 0
     tables.write_all(arguments.results_dir)
     figures.write_all(arguments.results_dir)
     report.write_all(arguments.results_dir)
@@ -449,7 +458,8 @@ def measure(planner: Planner, profile: str, parts: list[str]) -> int:
     command = [sys.executable, "-m", "experiments.efficiency", "-m", f"part={','.join(parts)}", f"profile={profile}"]
     command += [f"results_dir={planner.results_dir}", f"output_dir={planner.output_dir}"]
     command += [] if planner.seconds is None else [f"budget={max(1.0, planner.seconds):.0f}"]
-    return planner.alone(command)
+    code = planner.alone(command)
+    return UNFINISHED if planner.stopping and code == -signal.SIGTERM else code
 
 
 def needed(planner: Planner) -> dict[str, list[Run]]:
@@ -463,12 +473,17 @@ def needed(planner: Planner) -> dict[str, list[Run]]:
     return found
 
 
-def collect(planner: Planner) -> None:
-    """Makes the local datasets that are nowhere; where that fails its runs say so."""
-    for name in needed(planner):
-        source, _, dataset = name.partition("/")
-        if source == "local" and data.locate(f"{name}.hdf5") is None and not planner.stopping:
-            env, _, level = dataset.partition("-")
+def missing(planner: Planner) -> dict[str, list[Run]]:
+    """The local datasets that are nowhere, and the runs that need them."""
+    found = needed(planner).items()
+    return {name: of for name, of in found if name.startswith("local/") and data.locate(f"{name}.hdf5") is None}
+
+
+def collect(planner: Planner, names: Iterable[str]) -> None:
+    """Makes local datasets; where that fails their runs say so."""
+    for name in names:
+        if data.locate(f"{name}.hdf5") is None and not planner.stopping:
+            env, _, level = name.removeprefix("local/").partition("-")
             print(f"{name} is not here, and is made now (one training makes all of an environment)", flush=True)
             command = [sys.executable, "-m", "scripts.collect", f"env={env}", f"level={level}", f"folder={data.FOLDER}"]
             try:

@@ -122,12 +122,12 @@ def stub(seconds=1e-6, exact=lambda x: x, fail=False):
     return layers.Layer(build, lambda net, x: net(x), lambda net, x, s: (x, s), lambda net: exact)
 
 
-def measure(tmp_path, monkeypatch, found, *overrides, why_stop=lambda: None):
+def measure(tmp_path, monkeypatch, found, *overrides, why_stop=lambda: None, commit="a"):
     monkeypatch.setattr(efficiency, "available", lambda device: found)
-    monkeypatch.setattr(cost, "here", lambda device: ANYTHING)
+    monkeypatch.setattr(cost, "here", lambda device, dtype: ANYTHING)
     monkeypatch.setattr(efficiency.time, "perf_counter", lambda: NOW[0])
     cfg = resolve(tmp_path, "part=forward", "data.lengths=[50,100,200]", *overrides)
-    return efficiency.measure(cfg, CPU, tmp_path / "work", why_stop)
+    return efficiency.measure(cfg, CPU, efficiency.Kept(tmp_path / "work", {"commit": commit}), why_stop)
 
 
 def statuses(found):
@@ -191,13 +191,64 @@ def test_runs_go_on_until_they_agree_or_time_is_up():
 
 
 def test_a_measurement_that_was_stopped_goes_on(tmp_path, monkeypatch):
-    told = iter([None, "told to stop"])
+    told = iter([None, None, "told to stop"])
     found = measure(tmp_path, monkeypatch, {"quick": stub()}, why_stop=lambda: next(told))
     assert found == "told to stop"
     first = json.loads((tmp_path / "work/points.json").read_text())
     found = measure(tmp_path, monkeypatch, {"quick": stub()})
-    assert [point["length"] for point in first] == [50] and found["points"][0] == first[0]
-    assert [point["length"] for point in found["points"]] == [50, 100, 200]
+    assert [point["length"] for point in first["points"]] == [50] and found["points"][0] == first["points"][0]
+    assert [point["length"] for point in found["points"]] == [50, 100, 200] and found["seconds"] > first["seconds"]
+
+
+def test_a_measurement_of_another_commit_is_not_gone_on_with(tmp_path, monkeypatch):
+    told = iter([None, None, "told to stop"])
+    measure(tmp_path, monkeypatch, {"quick": stub(1e-4)}, why_stop=lambda: next(told))
+    found = measure(tmp_path, monkeypatch, {"quick": stub(1e-6)}, commit="b")
+    assert [point["median"] for point in found["points"]] == pytest.approx([50e-6, 100e-6, 200e-6])
+
+
+def test_a_failure_among_the_timed_runs_is_noted_unless_the_device_is_lost(tmp_path, monkeypatch):
+    calls, error = [], torch.OutOfMemoryError("no room any more")
+
+    def read(net, x):
+        calls.append(len(x))
+        if len(calls) > 6 + 2:  # the check's, warm-ups, and some
+            raise error
+        return net(x)
+
+    kinds = {"late": dataclasses.replace(stub(), read=read), "quick": stub()}
+    found = measure(tmp_path, monkeypatch, kinds, "data.least=20")
+    assert statuses(found) == {
+        **{("quick", n): "done" for n in (50, 100, 200)},
+        **{("late", n): "out of memory" for n in (50, 100, 200)},
+    }
+    calls.clear()
+    error = ConnectionError("the card has fallen off the bus")
+    monkeypatch.setattr(efficiency, "DEVICE_LOST", ConnectionError)
+    with pytest.raises(ConnectionError):
+        measure(tmp_path / "b", monkeypatch, kinds, "data.least=20")
+
+
+def test_only_training_is_timed_in_training_mode():
+    layer, seen = layers.LAYERS["GRU, torch"], []
+    net, x = layer.build(8), torch.randn(2, 5, 8)
+    net.register_forward_hook(lambda module, *_: seen.append(module.training))
+    for task in ("train", "forward", "context", "step"):
+        efficiency.work(task, layer, net, x)()
+    assert seen == [True, False, False, False, False, False]
+
+
+def test_steps_without_a_gradient_are_held_to_the_output_alone():
+    """As mamba-ssm's are."""
+    layer = layers.LAYERS["GRU, torch"]
+    net, x = layer.build(8), torch.randn(2, 5, 8)
+    bare = dataclasses.replace(layer, exact=lambda net: torch.no_grad()(layer.exact(net)))
+    assert layers.check("GRU", bare, net, x) < 1e-6
+
+
+def test_a_machine_is_found_not_given(tmp_path):
+    with pytest.raises(ValueError, match="data.machine: expected none, it is found; got 'T4', this is"):
+        efficiency.run(resolve(tmp_path, "part=parameters", "data.machine=T4"))
 
 
 def test_layers_that_are_not_here_are_named(tmp_path, monkeypatch):
@@ -223,7 +274,7 @@ def test_unusable_settings_are_named(setting, said):
 
 
 def test_a_part_is_done_once_for_a_machine(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(efficiency.cost, "here", lambda device: ANYTHING)
+    monkeypatch.setattr(efficiency.cost, "here", lambda *_: ANYTHING)
     settings = ("part=step", "data.layers=[minGRU,'GRU, torch',attention]", "threads=1")
     assert efficiency.run(resolve(tmp_path, *settings)) == "done"
     record = record_of(tmp_path / "results")
@@ -237,10 +288,11 @@ def test_a_part_is_done_once_for_a_machine(tmp_path, monkeypatch, capsys):
 
 
 def test_what_must_be_done_is_counted_but_for_loops(tmp_path, monkeypatch):
-    monkeypatch.setattr(efficiency.cost, "here", lambda device: ANYTHING)
+    monkeypatch.setattr(efficiency.cost, "here", lambda *_: ANYTHING)
     names = ["minGRU", "GRU, torch", "GRU, loop"]
     cfg = resolve(tmp_path, "part=forward", "threads=1", f"data.layers={json.dumps(names)}")
-    found = {p["layer"]: p for p in efficiency.measure(cfg, CPU, tmp_path, lambda: None)["points"] if p["length"] == 32}
+    points = efficiency.measure(cfg, CPU, efficiency.Kept(tmp_path), lambda: None)["points"]
+    found = {p["layer"]: p for p in points if p["length"] == 32}
     tokens, width = 2 * 32, 16
     assert found["minGRU"]["operations"] == 2 * tokens * width * 2 * width
     assert found["GRU, torch"]["operations"] == 2 * 2 * tokens * width * 3 * width and "least" not in found["GRU, loop"]
@@ -248,7 +300,7 @@ def test_what_must_be_done_is_counted_but_for_loops(tmp_path, monkeypatch):
 
 
 def test_the_budget_ends_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(efficiency.cost, "here", lambda device: ANYTHING)
+    monkeypatch.setattr(efficiency.cost, "here", lambda *_: ANYTHING)
     assert efficiency.run(resolve(tmp_path, "part=forward", "data.layers=[minGRU]", "budget=0.001")) == "paused"
     assert "out of budget" in capsys.readouterr().out
     assert not list((tmp_path / "results").rglob("record.json"))
@@ -277,7 +329,7 @@ def part(tmp_path, name, points, machine="Some CPU, 2 threads", **changes):
     record = {
         "schema_version": 1, "run_id": shown.run_id(config), "experiment": "efficiency", "profile": "cpu",
         "config": config, "seed": 0, "status": "done", "reason": None, "points": points, "errors": {"minGRU": 1e-7},
-        "limits": {"bandwidth": 5e10, "matrix_rate": 1e11, "launch": 1e-6}, "seconds": 60.0,
+        "dtype": "float32", "limits": {"bandwidth": 5e10, "matrix_rate": 1e11, "launch": 1e-6}, "seconds": 60.0,
         "git": {"commit": "0123456789abcdef", "clean": True}, "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "hardware": {"device": "cpu", "cpu": "Some CPU", "cores": 2, "threads": 2, "vector": "AVX512"},
     } | changes  # fmt: skip

@@ -102,6 +102,11 @@ def test_a_part_that_passed_is_not_done_again_and_one_that_failed_is(here):
     again.part("tests", count)
     again.part("bench", count)
     assert (here / "count").read_text() == "xyx"
+    again.claim.__exit__(None, None, None)
+    (here / "minrnn").mkdir()
+    (here / "minrnn/new.py").write_text("1")
+    session(here).part("tests", count)
+    assert (here / "count").read_text() == "xyxx"
     assert any("passed before" in line for line in again.lines)
 
 

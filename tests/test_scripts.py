@@ -341,6 +341,21 @@ def test_runs_whose_file_is_nowhere_are_left_out(tmp_path, monkeypatch, capsys):
     assert reproduce.leave_without_data(reproduce.Planner(runs, str(tmp_path), "", lambda *_: [])) == []
 
 
+def test_local_data_is_made_after_all_that_needs_none(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sys, "argv", ["reproduce", "--profile", "smoke", "--results-dir", str(tmp_path)])
+    monkeypatch.setenv("MINRNN_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "find", lambda name: None)
+    monkeypatch.setattr(reproduce, "measure", lambda *_: 0)
+    monkeypatch.setattr(reproduce.Planner, "go", lambda self: calls.append([run.experiment for run in self.runs]))
+    monkeypatch.setattr(reproduce, "collect", lambda planner, names: calls.append(list(names)))
+    reproduce.main()
+    before, made, after = calls
+    assert made == ["local/hopper-random"] and "decision" not in before and "charlm" in before
+    assert set(after) == {"charlm", "selective_copy", "decision"}
+
+
 def test_scores_on_two_files_of_one_name_are_not_joined(tmp_path, monkeypatch):
     first, second = find("cpu", "DT, dataset hopper-medium", 2, "decision")
     put(tmp_path / "a", make_record(first, 0.5, facts={"dataset_sha256": "old"}))

@@ -169,6 +169,9 @@ def test_what_is_missing_is_said(trained, arguments, tmp_path, monkeypatch):
     records.write_json(path, record | {"status": "diverged", "reason": "loss was nan"})
     with pytest.raises(ValueError, match=rf"expected one that is done, {name} is diverged \(loss was nan\)"):
         strip.main([arguments[0], f"results_dir={tmp_path}", arguments[2]])
+    records.write_json(path, record | {"steps": 20})
+    with pytest.raises(ValueError, match="are those after step 10, the record is of 20: the run was finished else"):
+        strip.main([arguments[0], f"results_dir={tmp_path}", arguments[2]])
     shutil.copytree(folder / "data", tmp_path / "data")
     with h5py.File(tmp_path / "data" / "local" / "hopper-random.hdf5", "a") as file:
         file["rewards"][0] = 7

@@ -77,6 +77,11 @@ def load(settings: Settings) -> tuple[Decision, data.Dataset, DecisionModel]:
             f"stay where it was run); give output_dir=, or do it again with the settings that {path} holds: "
             "python -m experiments.decision results_dir=mine output_dir=mine ..."
         )
+    if saved["state"]["step"] != record["steps"]:
+        raise ValueError(
+            f"run: the weights in {folder} are those after step {saved['state']['step']}, the record is of "
+            f"{record['steps']}: the run was finished elsewhere; give its output_dir="
+        )
     dataset = data.read(data.find(cfg.data.dataset), cfg.data.dataset)
     if dataset.sha256 != record["facts"]["dataset_sha256"]:  # the policy's inputs are normalised by it
         raise ValueError(

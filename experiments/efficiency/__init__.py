@@ -19,7 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,10 @@ STARTED = time.monotonic()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPANSIONS = (1, 2, 3, 4)
 WARM_UPS = 2
+MOST = 1000  # runs of a layer at a point
 PATIENCE = 4  # times data.limit: what a first run, and one whose memory is measured, may take
+# A device that is of no more use to a process; older torch has no name for it.
+DEVICE_LOST = getattr(torch, "AcceleratorError", ())
 
 Point = dict[str, Any]
 
@@ -45,7 +48,10 @@ Point = dict[str, Any]
 def run(cfg: Efficiency) -> str:
     """Does a part unless this machine has its record. Returns "done", "paused", "stopped" or "busy"."""
     device = engine.device_of(cfg)
-    cfg.data.machine = machine_name(device)
+    here = machine_name(device)
+    if cfg.data.machine not in (None, here):
+        raise ValueError(f"data.machine: expected none, it is found; got {cfg.data.machine!r}, this is {here!r}")
+    cfg.data.machine = here
     config = dataclasses.asdict(cfg)
     name = run_id(config)
     path = records.record_path(cfg.results_dir, cfg.experiment, name)
@@ -73,15 +79,17 @@ def run(cfg: Efficiency) -> str:
             "started": began,
         }
         with engine.told_to_stop() as stop:
-            found = measure(cfg, device, folder, lambda: _why_stop(cfg, stop))
+            made_with = {key: record[key] for key in ("git", "versions", "hardware")}
+            found = measure(cfg, device, Kept(folder, made_with), lambda: _why_stop(cfg, stop))
         if isinstance(found, str):
             print(f"efficiency {name}: {found}; the same command goes on from there", flush=True)
             return "paused" if found == OUT else "stopped"
-        records.write_json(path, record | found | {"seconds": time.time() - began, "ended": time.time()})
+        records.write_json(path, record | found | {"ended": time.time()})
+        Kept(folder).path.unlink(missing_ok=True)  # a record that is removed is measured anew
         done = sum(point["status"] == "done" for point in found["points"])
         print(
             f"efficiency {cfg.data.part} {name}: {done} of {len(found['points'])} points in "
-            f"{time.time() - began:.0f} s, see {path}",
+            f"{found['seconds']:.0f} s, see {path}",
             flush=True,
         )
     return "done"
@@ -102,8 +110,31 @@ def machine_name(device: torch.device) -> str:
     return facts["gpu"] if device.type == "cuda" else f"{facts['cpu']}, {facts['threads']} threads"
 
 
-def measure(cfg: Efficiency, device: torch.device, folder: Path, why_stop: Callable[[], str | None]) -> Any:
-    """The measured part of the record; or why it stopped, with what it had by then kept in `folder`."""
+class Kept:
+    """The points of a part that is not finished. Those of another commit or of other versions are not gone on with."""
+
+    def __init__(self, folder: Path, made_with: dict[str, Any] | None = None):
+        self.path, self.made_with = folder / "points.json", made_with
+        self.points: list[Point] = []
+        self.seconds, self.began = 0.0, time.monotonic()
+        found = json.loads(self.path.read_text()) if self.path.exists() else {}
+        if found.get("made_with") == made_with and found:
+            self.points, self.seconds = found["points"], found["seconds"]
+
+    def taken(self) -> float:
+        """Seconds, of all processes that were at it."""
+        return self.seconds + time.monotonic() - self.began
+
+    def add(self, points: list[Point]) -> None:
+        self.points += points
+        seconds = self.taken()
+        records.write_json(self.path, {"made_with": self.made_with, "seconds": seconds, "points": self.points})
+
+
+def measure(cfg: Efficiency, device: torch.device, kept: Kept, why_stop: Callable[[], str | None]) -> Any:
+    """The measured part of the record; or why it stopped, with what it had by then kept."""
+    if (reason := why_stop()) is not None:
+        return reason
     data, dtype = cfg.data, _dtype(cfg.data.dtype, device)
     layers = available(device.type)
     for name in data.layers or ():
@@ -111,7 +142,7 @@ def measure(cfg: Efficiency, device: torch.device, folder: Path, why_stop: Calla
             raise ValueError(f"data.layers: expected some of {list(layers)} (those that are here), got {name!r}")
     layers = {name: layer for name, layer in layers.items() if data.layers is None or name in data.layers}
     if data.task == "parameters":
-        return {"points": parameters(data.widths)}
+        return {"points": parameters(data.widths), "seconds": kept.taken()}
     if data.task == "step":
         layers = {name: layer for name, layer in layers.items() if layer.step}
     machine.keep_freed_memory()  # as every training process of this project does
@@ -121,11 +152,9 @@ def measure(cfg: Efficiency, device: torch.device, folder: Path, why_stop: Calla
     if elsewhere and not memory.supported():
         print("efficiency: no peak memory, which is read in Linux's /proc", flush=True)
         elsewhere = False
-    limits = cost.here(device.type)
-    kept = folder / "points.json"
-    points: list[Point] = json.loads(kept.read_text()) if kept.exists() else []
+    limits = cost.here(device.type, dtype)
     sizes = list(itertools.product(data.widths, data.batch_sizes, sorted(data.lengths)))
-    seen = {(p["width"], p["batch"], p["length"]) for p in points}
+    seen = {(p["width"], p["batch"], p["length"]) for p in kept.points}
     with (
         memory.Peaks() if elsewhere else contextlib.nullcontext() as peaks,
         tqdm(
@@ -140,12 +169,11 @@ def measure(cfg: Efficiency, device: torch.device, folder: Path, why_stop: Calla
                 return reason
             bar.set_postfix_str(f"width {width}, batch {batch}, length {length}")
             bench = Bench(data, device, dtype, limits, peaks, width, batch, length)
-            bench.measure({name: layer for name, layer in layers.items() if bench.may(name, points)})
-            points += bench.points
-            records.write_json(kept, points)
+            bench.measure({name: layer for name, layer in layers.items() if bench.may(name, kept.points)})
+            kept.add(bench.points)
             bar.update()
-    shown = dataclasses.asdict(limits)
-    return {"points": points, "errors": errors, "limits": shown, "peak_memory": machine.peak_memory(device.type)}
+    named = {"dtype": _name(dtype), "limits": dataclasses.asdict(limits)}
+    return {"points": kept.points, "errors": errors, **named, "seconds": kept.taken()}
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -153,6 +181,10 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
         old = device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0)
         name = "float16" if old else "bfloat16"
     return DTYPES[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _errors(layers: dict[str, Layer], width: int, device: torch.device, dtype: torch.dtype) -> dict[str, float | str]:
@@ -210,35 +242,24 @@ class Bench:
             machine.return_freed_memory()
             layers = {name: layer for name, layer in layers.items() if self._peak_elsewhere(name, peaks)}
         for name, layer in layers.items():
-            try:
-                calls[name] = self.call(layer)
-                if self.device.type == "cuda" and data.memory:
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                once = self._seconds(calls[name])
-                for _ in range(WARM_UPS - 1):
-                    # Long enough to have warmed up in it, or hopeless; the first pays for memory that is new.
-                    if data.seconds < once <= data.limit or once > PATIENCE * data.limit:
-                        break
-                    once = self._seconds(calls[name])
-                if self.device.type == "cuda" and data.memory:
-                    peaks[name] = torch.cuda.max_memory_allocated() - before
-            except torch.OutOfMemoryError as error:
-                calls.pop(name, None)
-                self.note(name, "out of memory", str(error).splitlines()[0])
-            except Exception as error:
-                calls.pop(name, None)
-                self.note(name, "failed", f"{type(error).__name__}: {error}"[:300])
+            warm = self._try(name, partial(self._warm, layer))
+            if warm is None:
+                continue
+            call, once, peak = warm
+            if once > data.limit:
+                self.note(name, "time-out", self._too_long(once))
             else:
-                if once > data.limit:
-                    del calls[name]
-                    self.note(name, "time-out", self._too_long(once))
-                else:
-                    times[name] = []
+                calls[name], times[name] = call, []
+                if peak is not None:
+                    peaks[name] = peak
         left = dict(calls)
         while left:  # by turns, so that what disturbs the machine disturbs all
             for name, call in list(left.items()):
-                times[name].append(self._seconds(call))
+                once = self._try(name, partial(self._seconds, call))
+                if once is None:
+                    del left[name], times[name]
+                    continue
+                times[name].append(once)
                 if self._enough(times[name]):
                     del left[name]
         for name, taken in times.items():
@@ -246,14 +267,41 @@ class Bench:
             values = {"median": median, "q1": q1, "q3": q3, "min": min(taken), "n": len(taken), "peak": peaks.get(name)}
             self.note(name, "done", **values, **self._costs(name, layers[name]), **self._energy(calls[name], median))
 
+    def _try(self, layer: str, f: Callable[[], Any]) -> Any:
+        """What `f` gives; None where it cannot be done, which is noted. After some errors a device can do no more."""
+        try:
+            return f()
+        except torch.OutOfMemoryError as error:
+            self.note(layer, "out of memory", str(error).splitlines()[0])
+        except DEVICE_LOST:
+            raise
+        except Exception as error:
+            self.note(layer, "failed", f"{type(error).__name__}: {error}"[:300])
+
+    def _warm(self, layer: Layer) -> tuple[Callable[[], object], float, int | None]:
+        """The run, the seconds that it took at last, and the peak of memory on a GPU."""
+        call, watched = self.call(layer, self.x), self.device.type == "cuda" and self.data.memory
+        if watched:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+        once = self._seconds(call)
+        for _ in range(WARM_UPS - 1):
+            # Long enough to have warmed up in it, or hopeless; the first pays for memory that is new.
+            if self.data.seconds < once <= self.data.limit or once > PATIENCE * self.data.limit:
+                break
+            once = self._seconds(call)
+        return call, once, torch.cuda.max_memory_allocated(self.device) - before if watched else None
+
     def _too_long(self, once: float) -> str:
         return f"a run took {once:.2g} s, more than {self.data.limit:g}"
 
     def _enough(self, taken: list[float]) -> bool:
-        if len(taken) < self.data.least:
+        n = len(taken)
+        if n < self.data.least or (n > 10 and n % 10):  # to sort them takes longer than a short run
             return False
         q1, median, q3 = statistics.quantiles(taken, n=4, method="inclusive")
-        return sum(taken) >= self.data.seconds or (len(taken) >= 10 and q3 - q1 <= self.data.spread * median)
+        agree = n >= 10 and q3 - q1 <= self.data.spread * median
+        return agree or n >= MOST or sum(taken) >= self.data.seconds
 
     def _seconds(self, call: Callable[[], object]) -> float:
         if self.device.type == "cuda":
@@ -267,20 +315,28 @@ class Bench:
         call()
         return time.perf_counter() - begin
 
-    def call(self, layer: Layer) -> Callable[[], object]:
+    @cached_property
+    def x(self) -> Tensor:
+        """(B, T, D), the same for all layers."""
+        return self._input()
+
+    def _input(self) -> Tensor:
+        return torch.randn(self.batch, self.length, self.width, dtype=self.dtype, device=self.device)
+
+    def call(self, layer: Layer, x: Tensor) -> Callable[[], object]:
         """What is timed."""
         usual = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)  # not by `.to`, which fake tensors do not all survive
         try:
             with self.device:
-                net, x = layer.build(self.width), torch.randn(self.batch, self.length, self.width)
+                net = layer.build(self.width)
         finally:
             torch.set_default_dtype(usual)
         return work(self.data.task, layer, net, x)
 
     def _peak_elsewhere(self, name: str, peaks: dict[str, int]) -> bool:
         """False where it is too much, which is noted."""
-        size, dtype = (self.width, self.batch, self.length), str(self.dtype).removeprefix("torch.")
+        size, dtype = (self.width, self.batch, self.length), _name(self.dtype)
         patience = PATIENCE * self.data.limit
         status, value = self.peaks(name, self.data.task, dtype, torch.get_num_threads(), patience, *size)
         if status == "done":
@@ -295,7 +351,7 @@ class Bench:
             return {}
         try:
             with FakeTensorMode():
-                call = self.call(layer)
+                call = self.call(layer, self._input())
                 counted = cost.count(call)
         except Exception as error:
             return {"uncounted": f"{type(error).__name__}: {error}"[:200]}
@@ -310,19 +366,19 @@ class Bench:
             import pynvml
 
             pynvml.nvmlInit()
-            card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-            before = pynvml.nvmlDeviceGetTotalEnergyConsumption(card)
+            card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(self.device).uuid}")
+            runs, before = max(1, int(0.5 / median)), pynvml.nvmlDeviceGetTotalEnergyConsumption(card)
+            for _ in range(runs):
+                call()
+            torch.cuda.synchronize(self.device)
+            return {"joules": (pynvml.nvmlDeviceGetTotalEnergyConsumption(card) - before) / 1e3 / runs}
         except Exception as error:
             return {"joules": None, "no_joules": f"{type(error).__name__}: {error}"[:200]}
-        runs = max(self.data.least, int(0.5 / median))
-        for _ in range(runs):
-            call()
-        torch.cuda.synchronize()
-        return {"joules": (pynvml.nvmlDeviceGetTotalEnergyConsumption(card) - before) / 1e3 / runs}
 
 
 def work(task: str, layer: Layer, net: nn.Module, x: Tensor) -> Callable[[], object]:
     """One run of a task; x is (B, T, D). A training step leaves gradients of the input and of the weights."""
+    net.train(task == "train")  # else torch's layers keep what only a gradient needs
     if task == "train":
         x.requires_grad_()
         leaves = [x, *net.parameters()]

@@ -176,6 +176,7 @@ def _mamba_ssm() -> Layer:
         return net(x), None if torch.is_grad_enabled() else net.allocate_inference_cache(len(x), 1)
 
     def exact(net: nn.Module) -> Callable[[Tensor], Tensor]:
+        @torch.no_grad()  # its steps are not differentiable
         def run(x: Tensor) -> Tensor:
             x_here = x.to(next(net.parameters()))
             state, outs = net.allocate_inference_cache(len(x), 1), []
@@ -231,9 +232,11 @@ def check(name: str, layer: Layer, net: nn.Module, x: Tensor) -> float:
     exact = layer.exact(net)(wide)
     weight = torch.linspace(-1, 1, exact.numel(), dtype=torch.float64).view_as(exact)
     expected = [exact.detach()]
-    if exact.requires_grad:  # mamba-ssm's steps are not differentiable
+    if exact.requires_grad:
         expected += torch.autograd.grad(exact, wide, weight)
-    with torch.enable_grad():
+    # torch's recurrent layers multiply in TF32 on a GPU unless told otherwise. Timed as they are, they are held to
+    # float64 without.
+    with torch.enable_grad(), torch.backends.cudnn.flags(allow_tf32=False):
         out = layer.read(net, x)[0]
         found = [out.detach(), *torch.autograd.grad(out, x, weight.to(out))]
     error = max(relative_error(a.cpu(), e) for a, e in zip(found, expected, strict=False))
