@@ -427,8 +427,9 @@ def main() -> int:
         print(f"then efficiency, where this machine has no record of it: {', '.join(parts)}", flush=True)
     if arguments.list:
         return 0
-    waiting = leave_without_data(planner)
-    planned, unmade = planner.runs, missing(planner)
+    unmade = missing(planner)
+    waiting = leave_without_data(planner, unmade)
+    planned = planner.runs
     if unmade:  # making them keeps one core busy for minutes, and a GPU idle: after all that needs none of them
         planner.runs = [run for run in planned if not any(run in runs_of_it for runs_of_it in unmade.values())]
         planner.go()
@@ -480,7 +481,7 @@ def missing(planner: Planner) -> dict[str, list[Run]]:
 
 
 def collect(planner: Planner, names: Iterable[str]) -> None:
-    """Makes local datasets; where that fails their runs say so."""
+    """Makes local datasets, or says why not."""
     for name in names:
         if data.locate(f"{name}.hdf5") is None and not planner.stopping:
             env, _, level = name.removeprefix("local/").partition("-")
@@ -491,13 +492,18 @@ def collect(planner: Planner, names: Iterable[str]) -> None:
             except subprocess.TimeoutExpired:
                 code = "out of time"
             if code:
-                print(f"{name} could not be made ({code}); its runs will say so", flush=True)
+                print(f"{name} could not be made ({code})", flush=True)
 
 
-def leave_without_data(planner: Planner) -> list[Run]:
-    """The runs whose file is nowhere and cannot be fetched, or is not that of the records: said once, and left out."""
+def leave_without_data(planner: Planner, later: Iterable[str] = ()) -> list[Run]:
+    """The runs whose file is nowhere and cannot be fetched, or is not that of the records: said once, and left out.
+
+    Not those of the files that are to be made `later`.
+    """
     waiting = []
     for name, runs_of_it in needed(planner).items():
+        if name in later:
+            continue
         try:
             if name.startswith("local/"):
                 same_as_before(planner, name)
@@ -514,7 +520,8 @@ def same_as_before(planner: Planner, dataset: str) -> None:
     """A local dataset is made anew on each machine; scores on two of one name are not joined in one table."""
     path = data.locate(f"{dataset}.hdf5")
     if path is None:
-        return  # its runs will say so
+        env, _, level = dataset.removeprefix("local/").partition("-")
+        raise data.DataError(f"{dataset} is not here: python -m scripts.collect env={env} level={level} makes it")
     found = data.sha256(path)
     for record in planner.known.values():
         before = record.get("facts", {}).get("dataset_sha256", found)

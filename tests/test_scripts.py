@@ -349,20 +349,29 @@ def test_local_data_is_made_after_all_that_needs_none(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "find", lambda name: None)
     monkeypatch.setattr(reproduce, "measure", lambda *_: 0)
     monkeypatch.setattr(reproduce.Planner, "go", lambda self: calls.append([run.experiment for run in self.runs]))
-    monkeypatch.setattr(reproduce, "collect", lambda planner, names: calls.append(list(names)))
+
+    def collect(planner, names):
+        calls.append(list(names))
+        (tmp_path / "local").mkdir()
+        (tmp_path / "local/hopper-random.hdf5").touch()
+
+    monkeypatch.setattr(reproduce, "collect", collect)
     reproduce.main()
     before, made, after = calls
     assert made == ["local/hopper-random"] and "decision" not in before and "charlm" in before
     assert set(after) == {"charlm", "selective_copy", "decision"}
 
 
-def test_scores_on_two_files_of_one_name_are_not_joined(tmp_path, monkeypatch):
+def test_scores_on_two_files_of_one_name_are_not_joined(tmp_path, monkeypatch, capsys):
     first, second = find("cpu", "DT, dataset hopper-medium", 2, "decision")
     put(tmp_path / "a", make_record(first, 0.5, facts={"dataset_sha256": "old"}))
     planner = reproduce.Planner([first, second], str(tmp_path / "a"), "", lambda *_: [])
     monkeypatch.setenv("MINRNN_DATA", str(tmp_path))
     monkeypatch.chdir(tmp_path)  # data/ is looked for here too
-    assert reproduce.leave_without_data(planner) == []  # there is no file
+    assert reproduce.leave_without_data(planner, reproduce.missing(planner)) == []  # there is no file
+    nowhere = reproduce.Planner([first, second], str(tmp_path / "a"), "", lambda *_: [])
+    assert reproduce.leave_without_data(nowhere) == [second]
+    assert "hopper-medium is not here: python -m scripts.collect env=hopper level=medium" in capsys.readouterr().out
     (tmp_path / "local").mkdir()
     (tmp_path / "local/hopper-medium.hdf5").write_text("new")
     assert reproduce.leave_without_data(planner) == [second] and planner.runs == [first]
