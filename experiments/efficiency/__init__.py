@@ -7,7 +7,7 @@ and the layer that a user of torch has. A record's `points` hold, for each layer
     median, q1, q3, min    seconds of a run; n of them. All layers of a point are run by turns, in a process that keeps
               what is freed, as this project's training does
     peak      bytes: what a run allocates beyond weights and input. On a CPU by the growth of the resident size of a
-              process of its own, which allocates as any Python process does; on a GPU by torch's allocator
+              process of its own, which gives back what it frees; on a GPU by torch's allocator
     operations, bytes, least    what must be done (experiments/cost.py) and the seconds that this takes here at least
     joules    of a run, where the card counts them
 """
