@@ -274,7 +274,7 @@ def caption(hardware: list[str], mine: Machine, others: int, device: str, thread
         "forward, loss, backward, clipping and AdamW; hours are those of all steps and of the evaluations' forward "
         "passes, but for decision runs, whose evaluations play environments. Counted: bytes, each operand of an "
         "operator read once and each result written once, and operations of matrix products and attention (a "
-        "multiply-add is two; causal attention counts whole). Not counted: the making of batches, checkpoints, and the "
+        "multiply-add is two; of causal attention half). Not counted: the making of batches, checkpoints, and the "
         "arithmetic of scans, FFTs and all else that is no matrix product. Scans, attention, norms and each time step "
         "of GRU and LSTM are one operator each, the others those of torch without compilation. What stays in a cache "
         "between two operators moves faster than memory's limit, so a small model may beat its least time. "

@@ -188,6 +188,7 @@ def test_runs_go_on_until_they_agree_or_time_is_up():
     assert not bench._enough([0.01] * 4) and not bench._enough([0.01] * 9) and bench._enough([0.01] * 10)
     assert not bench._enough([0.01, 0.02] * 20) and bench._enough([0.01, 0.02] * 40)
     assert bench._enough([0.3] * 5)
+    assert not bench._enough([1e-4] * 100) and bench._enough([1e-4] * 600) and bench._enough([1e-5] * 1000)
 
 
 def test_a_measurement_that_was_stopped_goes_on(tmp_path, monkeypatch):

@@ -300,7 +300,8 @@ class Bench:
         if n < self.data.least or (n > 10 and n % 10):  # to sort them takes longer than a short run
             return False
         q1, median, q3 = statistics.quantiles(taken, n=4, method="inclusive")
-        agree = n >= 10 and q3 - q1 <= self.data.spread * median
+        # Ten short runs in a row may agree on a bad moment.
+        agree = n >= 10 and sum(taken) >= self.data.seconds / 20 and q3 - q1 <= self.data.spread * median
         return agree or n >= MOST or sum(taken) >= self.data.seconds
 
     def _seconds(self, call: Callable[[], object]) -> float:
