@@ -200,8 +200,8 @@ def here(device: str, dtype: torch.dtype = torch.float32) -> Machine:
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     x = torch.ones(1, device=device)
     products = [lambda: a @ b]
-    if device == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        # oneDNN, which torch takes for its LSTM but not for this: on AMD's processors twice as fast as MKL.
+    if device == "cpu" and dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        # oneDNN, which torch takes for its LSTM and 16 bits but not for this: on AMD's processors twice as fast as MKL.
         products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
     with torch.inference_mode():
         product = min(min(seconds(f, device, runs=(7, 300))) for f in products)

@@ -77,7 +77,7 @@ PPO = {
     "learning_rate": 1e-3,
     "policy_kwargs": {"optimizer_kwargs": {"fused": True}},
 }
-# An update for each step, 64 at once. SAC in the same settings stays at 50.
+# An update for each step, 64 at once. SAC so, but for fewer random steps at first, stayed at 50.
 TQC = {
     "learning_starts": 10_000,
     "train_freq": 8,
