@@ -332,7 +332,7 @@ def test_runs_whose_file_is_nowhere_are_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "find", find_nothing)
     runs = plan.runs("smoke", 1)
     planner = reproduce.Planner(runs, str(tmp_path), str(tmp_path), lambda run, seconds: [])
-    waiting = reproduce.leave_without_data(planner)
+    waiting = reproduce.leave_without_data(planner, reproduce.missing(planner))
     rest = [run.label for run in planner.runs if run.experiment == "charlm"]
     assert len(waiting) == 6 and rest == ["charlm: minGRU"] and len(planner.runs) == len(runs) - 6
     assert capsys.readouterr().out.count("tinyshakespeare is nowhere") == 1
