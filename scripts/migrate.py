@@ -13,13 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import records
-from experiments.config import EXPERIMENTS, MODELS, run_id
-
-RENAMED = {
-    "train": {"lr": "learning_rate", "warmup": "warmup_steps", "clip": "grad_clip"},
-    "eval": {"every": "interval", "batches": "iters"},
-    "data": {"block": "block_size"},
-}
+from experiments.config import EXPERIMENTS, FORMER, MODELS, run_id
 
 
 def unsayable(config: dict[str, Any]) -> str | None:
@@ -38,9 +32,11 @@ def unsayable(config: dict[str, Any]) -> str | None:
 def migrated(record: dict[str, Any]) -> dict[str, Any]:
     """The record in schema 2."""
     config = {key: dict(value) if isinstance(value, dict) else value for key, value in record["config"].items()}
-    for section, names in RENAMED.items():
-        if section in config:
-            config[section] = {names.get(key, key): value for key, value in config[section].items()}
+    for section in set(config) & {"train", "eval", "data"}:
+        config[section] = {
+            FORMER.get(f"{section}.{key}", f"{section}.{key}").partition(".")[2]: value
+            for key, value in config[section].items()
+        }
     if config["experiment"] != "efficiency":
         kinds = {"model": MODELS[config["model"]["name"]]}
         for section in ("model", "train", "data", "eval"):

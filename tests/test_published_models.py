@@ -1,4 +1,4 @@
-"""Language models as their authors define them, written out here in float64 loops: results, gradients, initial values."""
+"""Language models as their authors define them, written out here in float64 loops."""
 
 import math
 
