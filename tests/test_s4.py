@@ -7,9 +7,18 @@ import torch
 from minrnn.mixers.base import Mixer
 from minrnn.mixers.s4 import S4, S4D
 
-LAYERS = [S4, S4D]
+
+class InH3(S4D):
+    """S4D as it is inside H3."""
+
+    def __init__(self, *settings, **more):
+        super().__init__(*settings, discretization="bilinear", learn_B=True, **more)
+
+
+LAYERS = [S4, S4D, InH3]
 each_layer = pytest.mark.parametrize("layer", LAYERS)
 DYNAMICS = {S4: {"log_dt", "log_A_real", "A_imag", "B", "P"}, S4D: {"log_dt", "log_A_real", "A_imag"}}
+DYNAMICS[InH3] = DYNAMICS[S4D] | {"B"}
 
 
 def make(layer, dim=3, state_size=8, dtype=torch.float64, noise=0.3, **settings):
@@ -75,16 +84,17 @@ def full(half):
 def dense_system(mixer, d):
     """Channel d from the parameters alone: continuous A (N, N), B (N,), C (N,), dt."""
     A = np.diag(full(-np.exp(array(mixer.log_A_real)[d]) + 1j * array(mixer.A_imag)[d]))
-    B, C = np.ones(len(A)), full(complex_array(mixer.C)[d])
+    B = np.ones(len(A)) if mixer.B is None else full(complex_array(mixer.B)[d])
+    C = full(complex_array(mixer.C)[d])
     if isinstance(mixer, S4):
-        P, B = full(complex_array(mixer.P)[d]), full(complex_array(mixer.B)[d])
+        P = full(complex_array(mixer.P)[d])
         A = A - np.outer(P, P.conj())
     return A, B, C, np.exp(array(mixer.log_dt)[d])
 
 
 def dense_kernel(mixer, T):
     """(D, T) of the whole layer, D x included."""
-    discretise = bilinear if isinstance(mixer, S4) else zero_order_hold
+    discretise = zero_order_hold if getattr(mixer, "discretization", "bilinear") == "zoh" else bilinear
     kernels = []
     for d in range(mixer.dim):
         A, B, C, dt = dense_system(mixer, d)
@@ -116,19 +126,26 @@ def run_steps(mixer, x, state):
 
 @pytest.mark.parametrize("state_size", [2, 16, 64])
 def test_s4_starts_as_the_hippo_matrix(float64, state_size):
-    """The published formula of HiPPO-LegS, never split into normal and low-rank parts."""
+    """The published formula of HiPPO-LegS, diagonalised here, with the imaginary part of B clipped to 2 as in nplr."""
     T, mixer = 200, make(S4, 3, state_size, noise=0)
     n = np.arange(state_size)
     r = np.sqrt(2 * n + 1)
     A = np.where(n[:, None] > n, -np.outer(r, r), np.diag(-(n + 1.0)))
-    # C is drawn in the eigenbasis of A + P P^T, whose phases make B real and positive.
     eigenvalues, V = np.linalg.eig(A + np.outer(r, r) / 2)
     order = np.argsort(eigenvalues.imag)[state_size // 2 :]
     V = V[:, order] / np.linalg.norm(V[:, order], axis=0)
-    V = V * np.exp(1j * np.angle(V.conj().T @ r))
+    V = V * np.exp(-1j * np.angle(V[0]))  # LAPACK's eigh leaves the first component real; its sign is free
+    B, P = V.conj().T @ r, V.conj().T @ r / np.sqrt(2)
+    # Unclipped it is the real system, in another basis.
+    C = np.random.default_rng(0).normal(size=(len(order), 2)) @ [1, 1j]
+    dense = np.diag(full(eigenvalues[order])) - np.outer(full(P), full(P).conj())
+    split = impulse_response(*bilinear(dense, full(B), 0.05), full(C), T)
+    assert error(split, impulse_response(*bilinear(A, r, 0.05), 2 * (C @ V.conj().T).real, T)) < 1e-10
+    if state_size == 64:
+        assert (abs(B.imag) > 2).sum() == 11 and abs(B.imag).max() > 40
+    B = B.real + 1j * np.clip(B.imag, -2, 2)
     for d, dt in enumerate(np.exp(array(mixer.log_dt))):
-        C = 2 * (complex_array(mixer.C)[d] @ V.conj().T).real
-        expected = impulse_response(*bilinear(A, r, dt), C, T)
+        expected = impulse_response(*bilinear(dense, full(B), dt), full(complex_array(mixer.C)[d]), T).real
         expected[0] += array(mixer.D)[d]
         assert error(layer_kernel(mixer, T)[d], expected) < 1e-10
 
@@ -328,6 +345,11 @@ def test_initial_values_and_marks(layer):
 def test_wrong_settings(layer, settings, name):
     with pytest.raises(ValueError, match=name):
         layer(**settings)
+
+
+def test_a_discretization_that_there_is_not():
+    with pytest.raises(ValueError, match="discretization: expected 'zoh' or 'bilinear', got 'euler'"):
+        S4D(4, discretization="euler")
 
 
 @each_layer

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minrnn.mixers import s6
+from minrnn.mixers import make, s6
 from minrnn.mixers.base import Mixer, state_map
 from minrnn.mixers.hyena import Hyena
-from minrnn.mixers.s4 import S4D
+from minrnn.mixers.s4 import S4D, ShiftSSM
 from minrnn.mixers.s6 import S6, selective_scan
-from minrnn.mixers.wrappings import H3, CausalConv, Mamba, Ungated
+from minrnn.mixers.wrappings import H3, CausalConv, HyenaOperator, Mamba, Ungated
 from minrnn.ops import mingru_scan
 
 
@@ -48,13 +48,15 @@ RECURRENT = {
     "ungated_leaky": partial(Ungated, DIM, Leaky),
     "ungated_s4d": partial(Ungated, DIM, partial(S4D, state_size=4)),
     "h3_leaky": partial(H3, DIM, Leaky),
-    "h3_s6": partial(H3, DIM, partial(S6, state_size=4), conv_size=3, conv_on="qkv"),
+    "h3_s6": partial(H3, DIM, partial(S6, state_size=4), shift_size=5),
+    "hyena_leaky": partial(HyenaOperator, DIM, Leaky),
+    "shift": partial(ShiftSSM, DIM, 9),
     "mamba_leaky": partial(Mamba, DIM, Leaky, expand=3),
     "mamba_s6": partial(Mamba, DIM, partial(S6, state_size=4)),
 }
 HYENA = {
     "hyena": partial(Hyena, DIM, max_len=40),
-    "h3_hyena": partial(H3, DIM, partial(Hyena, max_len=40), conv_size=3, conv_on="qkv"),
+    "h3_hyena": partial(HyenaOperator, DIM, partial(Hyena, max_len=40)),
     "mamba_hyena": partial(Mamba, DIM, partial(Hyena, max_len=40)),
 }
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -294,7 +296,8 @@ def test_causality(kind):
     changed[:, 20] += 1
     with torch.no_grad():
         y, other = layer(x)[0], layer(changed)[0]
-    tolerance = 1e-6 * y.abs().max() if kind in HYENA or "s4d" in kind else 0  # the FFT's rounding
+    by_fft = kind in HYENA or "s4d" in kind or "h3" in kind or kind == "shift"
+    tolerance = 1e-6 * y.abs().max() if by_fft else 0
     assert (y[:, :20] - other[:, :20]).abs().max() <= tolerance
     assert (y[:, 20] - other[:, 20]).abs().max() > 1e-3
     if kind != "conv_1":
@@ -383,6 +386,49 @@ def conv1d(layer, x):
     return F.conv1d(F.pad(x.transpose(1, 2), (size - 1, 0)), weight, layer.bias, groups=dim).transpose(1, 2)
 
 
+def shifted(layer, x):
+    """The shift SSM by its state: h_t is h_{t-1} moved by one place, plus B x_t; y_t = C h_t + D x_t."""
+    h, ys = x.new_zeros(len(x), layer.dim, layer.size), []
+    for x_t in x.unbind(1):
+        h = torch.cat([torch.zeros_like(h[..., :1]), h[..., :-1]], -1) + layer.B * x_t[..., None]
+        ys.append((layer.C * h).sum(-1) + layer.D * x_t)
+    return torch.stack(ys, 1)
+
+
+@pytest.mark.parametrize("T", [1, 5, 9, 40])
+def test_the_shift_ssm_is_its_state_space_form(T):
+    layer, x = varied(ShiftSSM(4, 9)).double(), torch.randn(2, T, 4, dtype=torch.float64, requires_grad=True)
+    found = layer(x)[0], shifted(layer, x)
+    assert_close(found[0].detach(), found[1].detach(), 1e-12)
+    weight, inputs = torch.randn_like(found[0]), (x, *layer.parameters())
+    for mine, theirs in zip(*(torch.autograd.grad(y, inputs, weight) for y in found), strict=True):
+        assert_close(mine, theirs, 1e-12)
+    started = ShiftSSM(500, 64)
+    assert torch.equal(started.B, torch.eye(64)[:1].expand(500, 64))
+    assert started.C.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.03) and started.C.abs().max() <= 1 / 8
+    assert started.D.std().item() == pytest.approx(1, rel=0.1)
+
+
+def test_the_published_blocks_have_their_parameters():
+    """At width 64 with a state of 64: counted from the authors' code."""
+    D, N = 64, 64
+    dynamics, projection = D + 2 * D * N // 2, D * D + D  # log_dt, A; a square Linear
+    counts = {
+        # B, C and P; D; Linear to 2 D.
+        "s4": ("none", dynamics + 3 * D * N + D + 2 * projection),
+        # C; D; Linear to 2 D.
+        "s4d": ("none", dynamics + D * N + D + 2 * projection),
+        # Shift: B, C, D. S4D: B, C; D. Projections of q, k, v and the output.
+        "s4 in h3": ("h3", 2 * D * 64 + D + dynamics + 2 * D * N + D + 4 * projection),
+        # A convolution of 3 on 3 D with bias; the filter's MLP on 5 features, its frequency, bias D.
+        "hyena": ("h3", 3 * D * 4 + (5 + 1) * 64 + 2 * (64 + 1) * 64 + 64 + 64 * D + D + 4 * projection),
+    }
+    for name, (wrapping, expected) in counts.items():
+        layer = make("ssm", inner=name.split()[0], wrapping=wrapping)(D)
+        assert sum(p.numel() for p in layer.parameters()) == expected, name
+    assert counts["s4"][1] == 24_832  # of the authors' S4 block
+
+
 def test_wrappings_are_the_papers_equations():
     x = torch.randn(2, 7, 4).double()
 
@@ -393,25 +439,24 @@ def test_wrappings_are_the_papers_equations():
         ungated = varied(Ungated(4, S6)).double()
         y = inner(ungated.inner, x)
         gelu = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
-        assert_close(ungated(x)[0], gelu @ ungated.out_proj.weight.T + ungated.out_proj.bias, 1e-12, "Ungated")
+        value, gate = (gelu @ ungated.out_proj.weight.T + ungated.out_proj.bias).split(4, -1)
+        assert_close(ungated(x)[0], value / (1 + torch.exp(-gate)), 1e-12, "Ungated")
 
-        h3 = varied(H3(4, S6)).double()
+        h3 = varied(H3(4, S6, shift_size=3)).double()
         q, k, v = (x @ w.T + b for w, b in zip(h3.in_proj.weight.split(4), h3.in_proj.bias.split(4), strict=True))
-        y = q * inner(h3.inner, conv1d(h3.conv, k) * v)
+        y = q * inner(h3.inner, shifted(h3.conv, k) * v)
         assert_close(h3(x)[0], y @ h3.out_proj.weight.T + h3.out_proj.bias, 1e-12, "H3")
 
-        h3 = varied(H3(4, S6, conv_size=3, conv_on="qkv")).double()
-        q, k, v = conv1d(h3.conv, h3.in_proj(x)).split(4, -1)
-        y = q * inner(h3.inner, k * v)
-        assert_close(h3(x)[0], y @ h3.out_proj.weight.T + h3.out_proj.bias, 1e-12, "H3 on q, k and v")
+        hyena = varied(HyenaOperator(4, S6)).double()
+        q, k, v = conv1d(hyena.conv, hyena.in_proj(x)).split(4, -1)
+        y = q * inner(hyena.inner, k * v)
+        assert_close(hyena(x)[0], y @ hyena.out_proj.weight.T + hyena.out_proj.bias, 1e-12, "Hyena")
 
         mamba = varied(Mamba(4, S6, expand=3)).double()
         u, z = (x @ w.T for w in mamba.in_proj.weight.split(12))
         u = conv1d(mamba.conv, u)
         y = inner(mamba.inner, u / (1 + torch.exp(-u))) * z / (1 + torch.exp(-z))
         assert_close(mamba(x)[0], y @ mamba.out_proj.weight.T, 1e-12, "Mamba")
-    with pytest.raises(ValueError, match="conv_on: expected 'k' or 'qkv', got 'q'"):
-        H3(4, S6, conv_on="q")
 
 
 @pytest.mark.parametrize("dim", [24, 64])

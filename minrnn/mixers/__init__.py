@@ -10,13 +10,13 @@ from .attention import Attention
 from .base import Mixer
 from .hyena import Hyena
 from .recurrent import GRUMixer, LSTMMixer, MinGRUMixer, MinLSTMMixer
-from .s4 import S4, S4D
+from .s4 import S4, S4D, ShiftSSM
 from .s6 import S6
-from .wrappings import H3, Mamba, Ungated
+from .wrappings import H3, HyenaOperator, Mamba, Ungated
 
 __all__ = [
-    "Aaren", "Attention", "GRUMixer", "H3", "Hyena", "LSTMMixer", "Mamba", "MinGRUMixer", "MinLSTMMixer", "Mixer", "S4",
-    "S4D", "S6", "Ungated", "make",
+    "Aaren", "Attention", "GRUMixer", "H3", "Hyena", "HyenaOperator", "LSTMMixer", "Mamba", "MinGRUMixer",
+    "MinLSTMMixer", "Mixer", "S4", "S4D", "S6", "ShiftSSM", "Ungated", "make",
 ]  # fmt: skip
 
 MIXERS = {
@@ -32,7 +32,8 @@ def make(name: str, **settings: Any) -> Callable[[int], Mixer]:
 
     Args:
         name: mingru, minlstm, gru, lstm, attention, aaren, or ssm: an `inner` layer (s4, s4d, s6, hyena) in a
-            `wrapping` (none, h3, mamba), the grid of the Mamba paper's Table 1.
+            `wrapping` (none, h3, mamba), the grid of the Mamba paper's Table 1. As published, S4 in h3 is S4D-Lin,
+            bilinear, and Hyena in h3 is Hyena's own operator.
         settings: the mixer's own arguments; None means its default.
     """
     settings = {key: value for key, value in settings.items() if value is not None}
@@ -40,6 +41,10 @@ def make(name: str, **settings: Any) -> Callable[[int], Mixer]:
         return partial(_pick("name", MIXERS, name), **settings)
     wrapping = _pick("wrapping", WRAPPINGS, settings.pop("wrapping"))
     inner = _pick("inner", INNER, settings.pop("inner"))
+    if wrapping is H3 and inner is Hyena:
+        wrapping = HyenaOperator
+    if wrapping is H3 and inner is S4:
+        inner, settings = S4D, {"discretization": "bilinear", "learn_B": True} | settings
 
     def wrapped(dim: int) -> Mixer:
         # Mamba's block derives S6's rank from its own width, not from the inner one (mamba_simple.py).

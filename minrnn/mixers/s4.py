@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Mixer, no_weight_decay
+from .base import Mixer, like, no_weight_decay
+
+B_CLIP = 2.0
 
 
 def _powers(a: Tensor, n: int) -> Tensor:
@@ -204,19 +206,39 @@ class S4D(_StateSpace):
         dim: D.
         state_size: N = 2M, the real size of each channel's state.
         dt_min, dt_max: the range of the initial steps.
+        discretization: "zoh" (zero-order hold), or "bilinear", as inside H3.
+        learn_B: whether B is a parameter too, from 1, trained as A is; as inside H3.
     """
 
-    def __init__(self, dim: int, state_size: int = 64, dt_min: float = 1e-3, dt_max: float = 1e-1):
+    def __init__(
+        self,
+        dim: int,
+        state_size: int = 64,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        discretization: str = "zoh",
+        learn_B: bool = False,
+    ):
         super().__init__(dim, state_size, dt_min, dt_max)
+        if discretization not in ("zoh", "bilinear"):
+            raise ValueError(f"discretization: expected 'zoh' or 'bilinear', got {discretization!r}")
         modes = state_size // 2
+        self.discretization = discretization
         self.log_A_real = nn.Parameter(torch.full((dim, modes), math.log(0.5)))
         self.A_imag = nn.Parameter((math.pi * torch.arange(modes)).repeat(dim, 1))
-        self._small_steps(self.log_dt, self.log_A_real, self.A_imag)
+        self.B = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(dim, modes, 1)) if learn_B else None
+        self._small_steps(self.log_dt, self.log_A_real, self.A_imag, *([self.B] if learn_B else []))
 
     def _discretise(self) -> tuple[Tensor, ...]:
         A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
-        a = (self.log_dt.double().exp().unsqueeze(-1) * A).exp()
-        return a, (a - 1) / A, 2 * _complex(self.C)
+        dt = self.log_dt.double().exp().unsqueeze(-1)
+        if self.discretization == "zoh":
+            a = (dt * A).exp()
+            b = (a - 1) / A
+        else:
+            d = 1 / (1 - dt * A / 2)
+            a, b = 2 * d - 1, dt * d
+        return a, b if self.B is None else b * _complex(self.B), 2 * _complex(self.C)
 
     def _kernel(self, T: int) -> Tensor:
         a, b, c = self._discretise()
@@ -235,16 +257,18 @@ class S4D(_StateSpace):
 
 
 def _legs(state_size: int) -> tuple[Tensor, Tensor]:
-    """HiPPO-LegS as (imaginary parts of Lambda, B), (M,) float64 each; the real parts are -1/2 and P = B / sqrt(2).
+    """HiPPO-LegS as (imaginary parts of Lambda (M,) float64, B (M,) complex128); the real parts are -1/2.
 
     With p_n = sqrt(n + 1/2) the matrix is S - 1/2 - p p^T, S skew (arXiv 2111.00396, appendix C.1), and
-    sqrt(2) p is its input vector. An eigenvector's phase is free: here it makes B real and positive.
+    sqrt(2) p is its input vector, so P = B / sqrt(2). An eigenvector's phase is free: here its first component is real,
+    as LAPACK has it for the authors, whose clipping of B (see `S4`) depends on the phase.
     """
     p = (torch.arange(state_size, dtype=torch.float64) + 0.5).sqrt()
     pp = torch.outer(p, p)
     omega, V = torch.linalg.eigh(-1j * (pp.triu(1) - pp.tril(-1)))
     upper = slice(state_size // 2, None)  # in ascending order: the positive half of the conjugate pairs
-    return omega[upper], (V[:, upper].mH @ (math.sqrt(2) * p).to(V.dtype)).abs()
+    V = V[:, upper] * (V[0, upper].abs() / V[0, upper])
+    return omega[upper], V.mH @ (math.sqrt(2) * p).to(V.dtype)
 
 
 class S4(_StateSpace):
@@ -254,7 +278,9 @@ class S4(_StateSpace):
 
     discretised by the bilinear transform with a step of its own for each channel. The two low-rank factors are tied,
     which keeps A stable (arXiv 2202.09729, on stabilising S4). Lambda, P, B and dt belong to each channel alone. They
-    are not decayed and their lr_max is 1e-3; C is an ordinary parameter, normal at first; D is not decayed.
+    are not decayed and their lr_max is 1e-3; C is an ordinary parameter, normal at first; D is not decayed. The
+    imaginary part of the initial B is clipped to 2, as the authors' code does
+    (https://github.com/state-spaces/s4/blob/e757cef57d89e448c413de7325ed5601aceaac13/models/s4/s4.py, nplr).
 
     The discrete matrix is again diagonal plus rank one: h_t = a h_{t-1} - p w_t + b x_t with w_t = Re(q h_{t-1}), a
     diagonal system with one feedback w. Hence the paper's Woodbury identity with the four generating functions,
@@ -271,11 +297,12 @@ class S4(_StateSpace):
 
     def __init__(self, dim: int, state_size: int = 64, dt_min: float = 1e-3, dt_max: float = 1e-1):
         super().__init__(dim, state_size, dt_min, dt_max)
-        omega, B = (part.to(self.D.dtype).repeat(dim, 1) for part in _legs(state_size))
+        omega, B = _legs(state_size)
+        omega, P = omega.to(self.D.dtype).repeat(dim, 1), B / math.sqrt(2)
+        B = torch.complex(B.real, B.imag.clamp(-B_CLIP, B_CLIP))
         self.log_A_real = nn.Parameter(torch.full_like(omega, math.log(0.5)))
         self.A_imag = nn.Parameter(omega)
-        self.B = nn.Parameter(torch.stack((B, torch.zeros_like(B)), -1))
-        self.P = nn.Parameter(self.B.detach() / math.sqrt(2))
+        self.B, self.P = (nn.Parameter(torch.view_as_real(x).to(self.D.dtype).repeat(dim, 1, 1)) for x in (B, P))
         self._small_steps(self.log_dt, self.log_A_real, self.A_imag, self.B, self.P)
 
     def _discretise(self) -> tuple[Tensor, ...]:
@@ -307,3 +334,51 @@ class S4(_StateSpace):
     def _advance(system: tuple[Tensor, ...], x_t: Tensor, h: Tensor) -> Tensor:
         a, b, _, p, q = system
         return a * h - p * (q * h).real.sum(-1, keepdim=True) + b * x_t
+
+
+class ShiftSSM(Mixer):
+    """The shift SSM of H3: a causal filter of `size` taps for every channel, and D x (arXiv 2212.14052, section 3.1).
+
+    y_t = C h_t + D x_t, where h_t is h_{t-1} shifted by one place, plus B x_t: so the taps are k_j = sum_n B_n C_{n+j}.
+    As in the authors' code (https://github.com/HazyResearch/H3, src/models/ssm/ss_kernel.py and h3.py) B starts from
+    e_1 and C from U(-1/sqrt(size), 1/sqrt(size)), both are trained, B and D do not decay.
+
+    The state is the last size - 1 inputs, (batch, size - 1, dim).
+    """
+
+    def __init__(self, dim: int, size: int = 64):
+        super().__init__()
+        if size < 2:
+            raise ValueError(f"size: expected at least 2, got {size}")
+        self.dim = dim
+        self.size = size
+        self.B = nn.Parameter(torch.zeros(dim, size).index_fill_(1, torch.tensor(0), 1.0))
+        self.C = nn.Parameter(torch.empty(dim, size).uniform_(-(size**-0.5), size**-0.5))
+        self.D = nn.Parameter(torch.randn(dim))
+        no_weight_decay(self.B, self.D)
+
+    def taps(self) -> Tensor:
+        """(dim, size), in the parameters' dtype."""
+        n = 2 * self.size
+        wide = torch.fft.rfft(self.B.double(), n).conj() * torch.fft.rfft(self.C.double(), n)
+        return torch.fft.irfft(wide, n)[:, : self.size].to(self.C.dtype)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """As `Mixer.forward`. The convolution is in float32, or float64 where x or the parameters are."""
+        T, past = x.shape[1], 0 if state is None else self.size - 1
+        window = x if state is None else torch.cat([state, x], 1)
+        wide = torch.promote_types(torch.promote_types(x.dtype, self.D.dtype), torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            taps = self.taps().to(wide)
+            taps = F.pad(taps, (0, max(0, T + past - self.size)))[:, : T + past]
+            y = _convolve(window.transpose(1, 2).to(wide), taps)[..., past:].transpose(1, 2)
+            y = (y + self.D.to(wide) * x).to(x.dtype)
+        return y, None if state is None else window[:, T:].clone()
+
+    def step(self, x_t: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        window = torch.cat([state, x_t[:, None]], 1)
+        y = (window * self.taps().flip(1).T).sum(1) + self.D * x_t
+        return y.to(x_t.dtype), window[:, 1:]
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        return like(self.D, batch_size, self.size - 1, self.dim)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Mixer, State, like
+from .s4 import ShiftSSM
 
 
 class CausalConv(Mixer):
@@ -45,16 +46,17 @@ class CausalConv(Mixer):
 
 
 class Ungated(Mixer):
-    """inner -> GELU -> Linear: what surrounds S4 as it was published (arXiv 2111.00396, section 3.4).
+    """inner -> GELU -> Linear to 2 dim -> GLU: the block of S4 and S4D in their authors' code, without a gate.
 
-    The state is (the inner layer's,).
+    (https://github.com/state-spaces/s4/blob/e757cef57d89e448c413de7325ed5601aceaac13, models/s4/s4d.py and
+    src/models/sequence/modules/s4block.py.) The state is (the inner layer's,).
     """
 
     def __init__(self, dim: int, inner: Callable[[int], Mixer]):
         super().__init__()
         self.dim = dim
         self.inner = inner(dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, 2 * dim)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         return self._mix(x, state, self.inner)
@@ -68,13 +70,13 @@ class Ungated(Mixer):
     def _mix(self, x, state, inner):
         (inner_state,) = (None,) if state is None else state
         y, inner_state = inner(x, inner_state)
-        return self.out_proj(F.gelu(y)), None if state is None else (inner_state,)
+        return F.glu(self.out_proj(F.gelu(y)), -1), None if state is None else (inner_state,)
 
 
 class _Gated(Mixer):
-    """What H3 and Mamba share: a short convolution, an inner layer, and the state of both."""
+    """What H3, Hyena and Mamba share: a short convolution, an inner layer, and the state of both."""
 
-    conv: CausalConv
+    conv: CausalConv | ShiftSSM
     inner: Mixer
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
@@ -92,32 +94,49 @@ class _Gated(Mixer):
 
 
 class H3(_Gated):
-    """q * inner(conv(k) * v), between two Linears (arXiv 2212.14052, section 3.2).
+    """q * inner(shift(k) * v), between two Linears (arXiv 2212.14052, section 3.2).
 
-    With S4 inside this is H3; the convolution stands for its shift SSM, as in Mamba's figure 3. With
-    Hyena inside and the convolution (published width 3) on q, k and v it is the Hyena operator of order 2.
-    The state is (the convolution's, the inner layer's).
+    The shift is a `ShiftSSM` of 64 taps. With S4D-Lin inside, bilinear and with a learned B, this is the authors' code
+    (https://github.com/HazyResearch/H3, src/models/ssm/h3.py, with heads of one channel, its default).
+    The state is (the shift's, the inner layer's).
     """
 
-    def __init__(self, dim: int, inner: Callable[[int], Mixer], conv_size: int = 4, conv_on: str = "k"):
+    def __init__(self, dim: int, inner: Callable[[int], Mixer], shift_size: int = 64):
         super().__init__()
-        if conv_on not in ("k", "qkv"):
-            raise ValueError(f"conv_on: expected 'k' or 'qkv', got {conv_on!r}")
         self.dim = dim
-        self.conv_on = conv_on
         self.in_proj = nn.Linear(dim, 3 * dim)
-        self.conv = CausalConv(dim * len(conv_on), conv_size)
+        self.conv = ShiftSSM(dim, shift_size)
         self.inner = inner(dim)
         self.out_proj = nn.Linear(dim, dim)
 
     def _mix(self, x, state, conv, inner):
         conv_state, inner_state = (None, None) if state is None else state
-        qkv = self.in_proj(x)
-        if self.conv_on == "qkv":
-            qkv, conv_state = conv(qkv, conv_state)
+        q, k, v = self.in_proj(x).chunk(3, -1)
+        k, conv_state = conv(k, conv_state)
+        y, inner_state = inner(k * v, inner_state)
+        return self.out_proj(q * y), None if state is None else (conv_state, inner_state)
+
+
+class HyenaOperator(_Gated):
+    """q * inner(k * v) with (q, k, v) = conv(Linear(x)), then a Linear (arXiv 2302.10866, definition 3.1).
+
+    With `Hyena` inside and a convolution of 3 it is the authors' operator of order 2
+    (https://github.com/HazyResearch/safari, src/models/sequence/hyena.py).
+    The state is (the convolution's, the inner layer's).
+    """
+
+    def __init__(self, dim: int, inner: Callable[[int], Mixer], conv_size: int = 3):
+        super().__init__()
+        self.dim = dim
+        self.in_proj = nn.Linear(dim, 3 * dim)
+        self.conv = CausalConv(3 * dim, conv_size)
+        self.inner = inner(dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def _mix(self, x, state, conv, inner):
+        conv_state, inner_state = (None, None) if state is None else state
+        qkv, conv_state = conv(self.in_proj(x), conv_state)
         q, k, v = qkv.chunk(3, -1)
-        if self.conv_on == "k":
-            k, conv_state = conv(k, conv_state)
         y, inner_state = inner(k * v, inner_state)
         return self.out_proj(q * y), None if state is None else (conv_state, inner_state)
 
