@@ -8,10 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from experiments.config import Train
+from experiments.engine import Trainer
 from experiments.machine import keep_freed_memory
 from experiments.measure import seconds, summary
 from minrnn.mixers import make
-from minrnn.models import DecisionModel, parameter_groups
+from minrnn.models import DecisionModel
 
 # Decision Transformer's sizes on Hopper.
 STATE, ACTION, DIM, LAYERS, CONTEXT, BATCH = 11, 3, 128, 3, 20, 64
@@ -21,13 +23,15 @@ EPISODES = 60  # at once
 
 def models() -> dict[str, Callable[[], DecisionModel]]:
     def build(mixer, **settings):
-        return lambda: DecisionModel(STATE, ACTION, DIM, LAYERS, mixer, steps=1000, mlp=4, **settings)
+        return lambda: DecisionModel(STATE, ACTION, DIM, LAYERS, mixer, **settings)
 
+    paper = {"mlp": 2, "activation": "geglu"}
+    published = {"mlp": 4, "norm": "layer", "bias": True, "init": "dt"}
     return {
-        "minrnn": build(make("mingru", expansion=1)),
-        "minLSTM": build(make("minlstm", expansion=1)),
-        "Transformer": build(make("attention", heads=1), norm="layer", init="gpt2"),
-        "Mamba": build(make("ssm", inner="s6", wrapping="mamba"), norm="layer"),
+        "minrnn": build(make("mingru", expansion=1), **paper),
+        "minLSTM": build(make("minlstm", expansion=1), **paper),
+        "Transformer": build(make("attention", heads=1, bias=True), activation="relu", **published),
+        "Mamba": build(make("ssm", inner="s6", wrapping="mamba"), **published),
     }
 
 
@@ -37,16 +41,9 @@ def windows(batch: int, context: int, device: str) -> tuple[torch.Tensor, ...]:
 
 
 def training_step(net: DecisionModel, device: str) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(parameter_groups(net, 1e-4, 1e-4), fused=True)
+    trainer = Trainer(net, Train(learning_rate=1e-4, weight_decay=1e-4, grad_clip=0.25))
     inputs = windows(BATCH, CONTEXT, device)
-
-    def step() -> None:
-        (net(*inputs) - inputs[2]).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.25)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return lambda: trainer.step(0, lambda model, part: (model(*part) - part[2]).square().mean(), [inputs])
 
 
 def decision(device: str) -> list[dict]:

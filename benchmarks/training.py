@@ -12,10 +12,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from experiments import selective_copy
+from experiments.config import Train
+from experiments.engine import Trainer
 from experiments.machine import keep_freed_memory
 from experiments.measure import relative_error, seconds, summary
 from minrnn.mixers import Mixer, make
-from minrnn.models import TokenModel, parameter_groups
+from minrnn.models import TokenModel
 from minrnn.ops.scan import scan
 
 BATCH, MICRO_BATCHES, MARKERS, VOCAB = 64, 2, 16, 16
@@ -51,21 +54,10 @@ def copying_step(net: TokenModel, T: int, device: str) -> Callable[[], torch.Ten
 def training_step(
     net: TokenModel, inputs: torch.Tensor, targets: torch.Tensor, micro_batches: int = 1
 ) -> Callable[[], torch.Tensor]:
-    """Of ids (B, T) and as many classes, or those of the last steps."""
-    optimizer = torch.optim.AdamW(parameter_groups(net, 3e-4, 0.05), fused=True)
-    last = None if targets.shape == inputs.shape else targets.shape[1]
+    """Of ids (B, T) and the classes of the last steps, perhaps of all."""
+    trainer = Trainer(net, Train(), micro_batches)
     parts = [*zip(inputs.chunk(micro_batches), targets.chunk(micro_batches), strict=True)]
-
-    def step() -> torch.Tensor:
-        for x, y in parts:
-            loss = F.cross_entropy(net(x, last=last)[0].flatten(0, 1), y.flatten()) / micro_batches
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    return step
+    return lambda: trainer.step(0, selective_copy.loss, parts)
 
 
 def scans(T: int, device: str) -> Callable[[], object]:
@@ -144,15 +136,14 @@ def training(device: str) -> list[dict]:
 def language_models(block: int) -> dict[str, Callable[[], TokenModel]]:
     """The paper's models: 3 layers, 384 wide, minRNNs in its block, nanoGPT's with 6 heads; without dropout."""
     build = partial(TokenModel, CHARACTERS, CHARACTERS, LANGUAGE_DIM, 3)
-    block_of_paper = {"conv": 4, "mlp": 4}
+    nanogpt = {"norm": "layer", "tied": True, "init": "gpt2"}
+    block_of_paper = {"conv": 4, "pointwise": True, "mlp": 2, "activation": "geglu"} | nanogpt
     models = {
         "minrnn": lambda: build(make("mingru", expansion=2), **block_of_paper),
         "minLSTM": lambda: build(make("minlstm", expansion=2), **block_of_paper),
-        "Mamba": lambda: build(make("ssm", inner="s6", wrapping="mamba")),
-        "Transformer": lambda: build(
-            make("attention"), mlp=4, norm="layer", positions=block, tied=True, init="gpt2"
-        ),
-    }  # fmt: skip
+        "Mamba": lambda: build(make("ssm", inner="s6", wrapping="mamba"), **nanogpt),
+        "Transformer": lambda: build(make("attention"), mlp=4, positions=block, **nanogpt),
+    }
     if importlib.util.find_spec("minGRU_pytorch"):
         models["minGRU-pytorch"] = lambda: build(partial(Peer, expansion=2), **block_of_paper)
     return models

@@ -27,18 +27,23 @@ class Model:
     name: str = "mingru"
     dim: int = 64
     layers: int = 3
-    conv: int = 0  # size of a causal convolution before each mixer
+    conv: int = 0  # size of a causal depthwise convolution before each mixer
+    pointwise: bool = False  # a convolution of 1 after it
     mlp: float = 0  # hidden width over dim of an MLP after each mixer
+    activation: str = "gelu"  # of the MLP; or relu, geglu
+    bias: bool = False  # of LayerNorms, attention, and an MLP with gelu or relu
     dropout: float = 0
+    mixer_dropout: bool = False  # on what a mixer adds too
     norm: str = "rms"  # or layer
-    init: str = "torch"  # or gpt2
+    init: str = "torch"  # or gpt2, dt
     tied: bool = False  # head and embedding
     positions: bool = False  # learned, for as many as the experiment's sequences have; decision models have times
 
     def __post_init__(self):
         positive(self, "model", "dim", "layers")
+        one_of(self, "model", "activation", ("gelu", "relu", "geglu"))
         one_of(self, "model", "norm", ("rms", "layer"))
-        one_of(self, "model", "init", ("torch", "gpt2"))
+        one_of(self, "model", "init", ("torch", "gpt2", "dt"))
         if not isinstance(self, MODELS.get(self.name, ())):
             raise ValueError(f"model.name: chosen by model=<a file of configs/model>, got {self.name!r} here")
 
@@ -93,7 +98,7 @@ class Attention(Model):
     heads: int | None = None  # None: of 64 channels each, but 4 at least, as in nanoGPT's settings
 
     def mixer(self, length: int) -> dict[str, Any]:
-        return super().mixer(length) | {"dropout": self.dropout}  # on the weights too, as in nanoGPT
+        return super().mixer(length) | {"dropout": self.dropout, "bias": self.bias}  # on the weights too, as in nanoGPT
 
 
 @dataclass
@@ -136,19 +141,19 @@ MODELS = {
 class Train:
     steps: int = 400_000
     batch_size: int = 64
-    lr: float = 3e-4
+    learning_rate: float = 3e-4
     schedule: str = "constant"  # or cosine, to min_lr at the last step
-    warmup: int = 0  # steps, linear
+    warmup_steps: int = 0  # linear
     min_lr: float = 0
     weight_decay: float = 0.05
     beta2: float = 0.999
-    decay: str = "all"  # or matrices: nothing of one dimension decays
-    clip: float | None = 1.0  # norm of the whole gradient
+    decay: str = "all"  # but the gates of minimal RNNs; or matrices: all that has two dimensions, and nothing else
+    grad_clip: float | None = 1.0  # norm of the whole gradient
     precision: str = "fp32"  # or bf16, fp16 (with loss scaling), by autocast
     patience: int | None = None  # stop after so many evaluations without a new best
 
     def __post_init__(self):
-        positive(self, "train", "steps", "batch_size", "lr")
+        positive(self, "train", "steps", "batch_size", "learning_rate")
         one_of(self, "train", "decay", ("all", "matrices"))
         one_of(self, "train", "schedule", ("constant", "cosine"))
         one_of(self, "train", "precision", ("fp32", "bf16", "fp16"))
@@ -158,12 +163,12 @@ class Train:
 
 @dataclass
 class Eval:
-    every: int = 1000  # steps
-    batches: int = 200
+    interval: int = 1000  # steps
+    iters: int = 200  # batches of an evaluation
     batch_size: int = 64
 
     def __post_init__(self):
-        positive(self, "eval", "every", "batches", "batch_size")
+        positive(self, "eval", "interval", "iters", "batch_size")
 
 
 @dataclass
@@ -228,13 +233,13 @@ class SelectiveCopy(Run):
 
 @dataclass
 class CharLMData:
-    block: int = 256  # characters of a sequence
+    block_size: int = 256  # characters of a sequence
     text: str = "tinyshakespeare"  # or python_docs, what Python's help() says of the language; it comes with Python
     path: str | None = field(default=None, metadata=NO_ID)  # any UTF-8 text instead; its checksum stands for it
     sha256: str | None = None  # of what is at path; None: as found
 
     def __post_init__(self):
-        positive(self, "data", "block")
+        positive(self, "data", "block_size")
         one_of(self, "data", "text", TEXTS)
 
 

@@ -13,7 +13,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from minrnn.models import parameter_groups
 
 from . import checkpoints, machine, records, tracking
-from .config import Run, run_id
+from .config import Run, Train, run_id
 from .seeds import noise_seed
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,6 +88,7 @@ def execute(cfg: Run, build: Callable[[Run, torch.device], Task]) -> str:
 
 
 def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world: int, build) -> str:
+    products = machine.fast_products() if device.type == "cpu" else "torch"
     record = {
         "schema_version": records.SCHEMA_VERSION,
         "run_id": name,
@@ -97,7 +98,7 @@ def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world
         "seed": cfg.seed,
         "git": machine.commit("minrnn", "experiments", "configs"),
         "versions": machine.versions("numpy", "triton", "numba", "mamba-ssm", "gymnasium", "mujoco"),
-        "hardware": machine.hardware(device.type) | {"processes": world},
+        "hardware": machine.hardware(device.type) | {"processes": world, "products": products},
         "started": time.time(),
     }
     folder = records.work_dir(cfg.output_dir, cfg.experiment, name)
@@ -157,18 +158,74 @@ class _State:
             self.curves.setdefault(key, []).append([self.step, round(self.seconds, 2), value])
 
 
+class Trainer:
+    """One training step: forward, loss and backward of each part of a batch, clipping, AdamW.
+
+    Args:
+        model: on its device.
+        train: the settings.
+        micro_batches: parts of a step's batch, one after another.
+        compile: whether the model is compiled.
+        world: processes that share a batch.
+    """
+
+    def __init__(self, model: nn.Module, train: Train, micro_batches: int = 1, compile: bool = False, world: int = 1):
+        self.raw, self.train, self.micro_batches, self.world = model, train, micro_batches, world
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, train.learning_rate, train.weight_decay, train.decay),
+            betas=(0.9, train.beta2),
+            fused=True,
+        )
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.precision == "fp16")
+        self.model = torch.compile(model) if compile else model
+        if world > 1:
+            self.model = DistributedDataParallel(self.model)
+
+    def step(self, number: int, loss: Callable[[nn.Module, Any], Tensor], parts: Iterable[Any]) -> Tensor:
+        """The mean loss over the parts, which are micro_batches many; the parameters change.
+
+        Args:
+            number: of the step, from 0; the learning rate follows from it.
+            loss: of the model and a part.
+        """
+        factor = lr_factor(self.train, number)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        total = torch.zeros((), device=self.device)
+        for i, part in enumerate(parts):
+            wait = self.world > 1 and i + 1 < self.micro_batches
+            with self.model.no_sync() if wait else contextlib.nullcontext():
+                with self.autocast():
+                    value = loss(self.model, part) / self.micro_batches
+                self.scaler.scale(value).backward()
+            total += value.detach()
+        if self.train.grad_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.raw.parameters(), self.train.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def autocast(self) -> torch.autocast:
+        precision = PRECISIONS[self.train.precision]
+        return torch.autocast(self.device.type, precision, enabled=precision is not None)
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {"model": self.raw, "optimizer": self.optimizer, "scaler": self.scaler}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.raw.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+
+
 def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, rank: int, world: int) -> _State:
     raw, train, steps = task.model, cfg.train, cfg.train.steps
-    optimizer = torch.optim.AdamW(
-        parameter_groups(raw, train.lr, train.weight_decay, only_matrices=train.decay == "matrices"),
-        betas=(0.9, train.beta2),
-        fused=True,
-    )
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
-    model = torch.compile(raw) if cfg.compile else raw
-    if world > 1:
-        model = DistributedDataParallel(model)
+    trainer = Trainer(raw, train, cfg.micro_batches, cfg.compile, world)
 
     state, best_weights = _State(parameters=sum(p.numel() for p in raw.parameters())), None
     if rank == 0:
@@ -176,25 +233,21 @@ def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, 
     _from_first(None, world)  # the others look only now
     saved = checkpoints.load(folder, device)
     if saved is not None:
-        raw.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        trainer.load_state_dict(saved)
         state, best_weights = _State(**saved["state"]), saved["best_weights"]
     del saved
 
     def save() -> None:
         if rank == 0:
-            parts = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            checkpoints.save(
-                folder, state.step, parts | {"state": dataclasses.asdict(state), "best_weights": best_weights}
-            )
+            parts = {"state": dataclasses.asdict(state), "best_weights": best_weights}
+            checkpoints.save(folder, state.step, trainer.state_dict() | parts)
 
     def evaluate(split: str, function: Callable = task.evaluate) -> dict[str, float]:
         """On the first process, for all."""
         values = {}
         if rank == 0:
             raw.eval()
-            with torch.inference_mode(), _autocast(device, train.precision):
+            with torch.inference_mode(), trainer.autocast():
                 values = {f"{split}_{key}": float(value) for key, value in function(raw, split).items()}
             raw.train()
         return _from_first(values, world)
@@ -212,26 +265,11 @@ def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, 
     began, clock = time.monotonic() - state.seconds, time.perf_counter()
     saved_at, total = time.monotonic(), torch.full((), state.loss_sum, device=device)
     raw.train()
-    with told_to_stop() as stop, log, progress:
+    with stop_signals() as stop, log, progress:
         while state.step < steps and not (train.patience and state.since_best >= train.patience):
-            factor = lr_factor(train, state.step)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
             torch.manual_seed(noise_seed(cfg.seed, state.step, rank))
             parts = [part.split(batch)[rank::world] for part in task.batch(state.step)]
-            for i, part in enumerate(zip(*parts, strict=True)):
-                wait = world > 1 and i + 1 < cfg.micro_batches
-                with model.no_sync() if wait else contextlib.nullcontext():
-                    with _autocast(device, train.precision):
-                        loss = task.loss(model, part) / cfg.micro_batches
-                    scaler.scale(loss).backward()
-                total += loss.detach()
-            if train.clip is not None:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(raw.parameters(), train.clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            total += trainer.step(state.step, task.loss, zip(*parts, strict=True))
             state.step += 1
             state.tokens += task.tokens
 
@@ -257,7 +295,10 @@ def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, 
                         state.best, state.since_best = dict(state.last), 0
                         best_weights = copy.deepcopy(raw.state_dict())
                 state.add(values)
-                log.log(state.step, values | {"lr": train.lr * factor, "tokens": state.tokens})
+                log.log(
+                    state.step,
+                    values | {"learning_rate": trainer.optimizer.param_groups[0]["lr"], "tokens": state.tokens},
+                )
                 progress.show(state.step, values)
             over, due = _from_first((over, time.monotonic() - saved_at > cfg.checkpoint_every), world)
             if over or due:
@@ -284,17 +325,13 @@ def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, 
 
 def lr_factor(train: Any, step: int) -> float:
     """Of the learning rate at a step: linear warm-up, then constant or a cosine down to min_lr at the last step."""
-    if step < train.warmup:
-        return (step + 1) / (train.warmup + 1)
+    if step < train.warmup_steps:
+        return (step + 1) / (train.warmup_steps + 1)
     if train.schedule == "constant":
         return 1.0
-    progress = (step - train.warmup) / max(1, train.steps - train.warmup)
-    low = train.min_lr / train.lr
+    progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    low = train.min_lr / train.learning_rate
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def device_of(cfg: Run) -> torch.device:
@@ -352,7 +389,7 @@ def _mean(total: Tensor, world: int) -> float:
 
 
 @contextlib.contextmanager
-def told_to_stop() -> Iterator[Any]:
+def stop_signals() -> Iterator[Any]:
     """SIGTERM and SIGINT ask for a stop at the next checkpoint; a second SIGINT stops at once."""
 
     class Stop:

@@ -47,12 +47,12 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def evaluate(cfg: SelectiveCopy, device: torch.device, model: nn.Module, split: str) -> dict[str, float]:
     """Over the split's fixed sequences."""
     total, right = torch.zeros((), device=device), torch.zeros((), device=device)
-    for i in range(cfg.eval.batches):
+    for i in range(cfg.eval.iters):
         inputs, targets = sequences(cfg.data, cfg.eval.batch_size, eval_seed(split, i), device)
         logits, _ = model(inputs, last=cfg.data.tokens)
         total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         right += (logits.argmax(-1) == targets).float().mean()
-    return {"loss": total.item() / cfg.eval.batches, "accuracy": right.item() / cfg.eval.batches}
+    return {"loss": total.item() / cfg.eval.iters, "accuracy": right.item() / cfg.eval.iters}
 
 
 def model(cfg: SelectiveCopy) -> TokenModel:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mixers.base import Mixer, State
-from .mixers.wrappings import CausalConv
+from .mixers.wrappings import CausalConv, Mamba
+from .rnn import MinGRU, MinLSTM
 
 
 class RMSNorm(nn.Module):
@@ -27,34 +27,62 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.gamma + 1)
 
 
-NORMS = {"rms": RMSNorm, "layer": partial(nn.LayerNorm, bias=False)}
+NORMS = ("rms", "layer")
+ACTIVATIONS = ("gelu", "relu", "geglu")
 
 
-class MLP(nn.Sequential):
-    """norm, Linear to width * dim, GELU, Linear back, dropout; without biases, as in nanoGPT."""
+class MLP(nn.Module):
+    """Linear to width * dim, activation, Linear back, dropout. (B, ..., D) in and out.
 
-    def __init__(self, dim: int, width: float, dropout: float, norm: Callable[[int], nn.Module]):
-        hidden = int(width * dim)
-        super().__init__(
-            norm(dim), nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False),
-            nn.Dropout(dropout),
-        )  # fmt: skip
+    Args:
+        dim: D.
+        width: of the hidden layer, over dim.
+        activation: "gelu" (nanoGPT's), "relu" (Decision Transformer's), or "geglu": gelu(gate) * x * scale, where one
+            Linear gives gate and x, and scale is learned for each channel, as in the authors' code
+            (BorealisAI/minRNNs ff52e9d, models/modules.py).
+        dropout: on the output.
+        bias: of the Linears. "geglu" always has them.
+    """
+
+    def __init__(self, dim: int, width: float, activation: str = "gelu", dropout: float = 0.0, bias: bool = False):
+        super().__init__()
+        one_of("activation", activation, ACTIVATIONS)
+        hidden, gated = int(width * dim), activation == "geglu"
+        self.activation = F.relu if activation == "relu" else F.gelu
+        self.fc = nn.Linear(dim, 2 * hidden if gated else hidden, bias=bias or gated)
+        self.scale = nn.Parameter(torch.ones(hidden)) if gated else None
+        self.out = nn.Linear(hidden, dim, bias=bias or gated)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        if self.scale is None:
+            x = self.activation(x)
+        else:
+            gate, x = x.chunk(2, -1)
+            x = self.activation(gate) * x * self.scale
+        return self.dropout(self.out(x))
 
 
 class Backbone(nn.Module):
     """Residual layers, then a norm. (B, T, D) in and out; a state is the tuple of its layers'.
 
-    Each layer adds to x, in this order: a causal depthwise convolution of x (without a norm before it, as in the
-    authors' code; only with `conv`), the mixer of norm(x), and an MLP of norm(x) (only with `mlp`).
+    Each layer adds to x, in this order: a causal convolution of x (without a norm before it, as in the authors' code;
+    only with `conv`), the mixer of norm(x), and an MLP of norm(x) (only with `mlp`).
 
     Args:
         dim: D.
         layers: how many.
         mixer: makes one mixer of width dim.
-        conv: the convolution's size; 0 for none.
+        conv: the size of a depthwise convolution; 0 for none.
+        pointwise: whether a D x D convolution of 1 follows the depthwise one, as in the authors' code.
         mlp: the MLP's hidden width over dim; 0 for none.
-        dropout: on what the mixer and the MLP add.
-        norm: "rms" or "layer" (without a bias).
+        activation: of the MLP, see `MLP`.
+        bias: of LayerNorms and of the MLP's Linears, as nanoGPT's setting of this name.
+        dropout: on what the MLP adds.
+        mixer_dropout: whether also on what the mixer adds, as in nanoGPT and Decision Transformer. The authors' code
+            and Decision Mamba have it in the MLP alone.
+        norm: "rms" or "layer".
     """
 
     def __init__(
@@ -63,22 +91,33 @@ class Backbone(nn.Module):
         layers: int,
         mixer: Callable[[int], Mixer],
         conv: int = 0,
+        pointwise: bool = False,
         mlp: float = 0,
+        activation: str = "gelu",
+        bias: bool = False,
         dropout: float = 0.0,
+        mixer_dropout: bool = False,
         norm: str = "rms",
     ):
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers: expected a positive int, got {layers}")
-        if norm not in NORMS:
-            raise ValueError(f"norm: expected one of {(*NORMS,)}, got {norm!r}")
-        make_norm = NORMS[norm]
+        if pointwise and not conv:
+            raise ValueError("pointwise: expected False where conv=0, got True")
+        one_of("norm", norm, NORMS)
+
+        def norms(count: int) -> nn.ModuleList:
+            return nn.ModuleList(RMSNorm(dim) if norm == "rms" else nn.LayerNorm(dim, bias=bias) for _ in range(count))
+
         self.convs = nn.ModuleList(CausalConv(dim, conv) for _ in range(layers if conv else 0))
-        self.norms = nn.ModuleList(make_norm(dim) for _ in range(layers))
+        self.pointwise = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers if pointwise else 0))
+        self.norms = norms(layers)
         self.mixers = nn.ModuleList(mixer(dim) for _ in range(layers))
-        self.mlps = nn.ModuleList(MLP(dim, mlp, dropout, make_norm) for _ in range(layers if mlp else 0))
+        self.mlp_norms = norms(layers if mlp else 0)
+        self.mlps = nn.ModuleList(MLP(dim, mlp, activation, dropout, bias) for _ in range(layers if mlp else 0))
         self.dropout = nn.Dropout(dropout)
-        self.norm = make_norm(dim)
+        self.mixer_dropout = nn.Dropout(dropout if mixer_dropout else 0.0)
+        (self.norm,) = norms(1)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         return self._mix(x, state, lambda mixer: mixer)
@@ -95,11 +134,11 @@ class Backbone(nn.Module):
                 mixer_state, conv_state = state[i] if self.convs else (state[i], None)
             if self.convs:
                 y, conv_state = call(self.convs[i])(x, conv_state)
-                x = x + y
+                x = x + (self.pointwise[i](y) if self.pointwise else y)
             y, mixer_state = call(mixer)(norm(x), mixer_state)
-            x = x + self.dropout(y)
+            x = x + self.mixer_dropout(y)
             if self.mlps:
-                x = x + self.mlps[i](x)
+                x = x + self.mlps[i](self.mlp_norms[i](x))
             states.append((mixer_state, conv_state) if self.convs else mixer_state)
         return self.norm(x), None if state is None else tuple(states)
 
@@ -110,29 +149,76 @@ class Backbone(nn.Module):
         return tuple((s, conv.initial_state(batch_size)) for s, conv in zip(states, self.convs, strict=True))
 
 
-def init_as_gpt2(model: nn.Module, layers: int) -> None:
-    """Linears and embeddings from N(0, 0.02), less for those that add to the residual stream of `model.backbone`."""
+def init_as_gpt2(model: nn.Module) -> None:
+    """nanoGPT's initial values (github.com/karpathy/nanoGPT 3adf61e, model.py) for a model with a `backbone`.
+
+    Linears and embeddings are drawn from N(0, 0.02), the Linears that add to the residual stream from
+    N(0, 0.02 / sqrt(2 layers)), and biases are 0. Gates and candidates of minimal RNNs are a Linear too (their forget
+    bias stays); convolutions and torch's recurrent layers are none and keep their values. Mamba's block has initial
+    values for language models of its own (github.com/state-spaces/mamba, mamba_ssm/models/mixer_seq_simple.py): its
+    out_proj is divided by the root of the number of layers, and the rest stays as it is.
+    """
+    layers = len(model.backbone.mixers)
+    theirs = {id(part) for mixer in model.backbone.mixers if isinstance(mixer, Mamba) for part in mixer.modules()}
+    kept = theirs | {id(part) for part in model.backbone.pointwise}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)) and ".inner." not in name:  # S6 has an order of its own
-            adds = name.endswith((".out", ".out_proj")) or (".mlps." in name and name.endswith(".3"))
-            nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * layers) if adds else 0.02)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+        if id(module) in kept or ".inner." in name:
+            continue
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            adds = name.startswith("backbone.") and name.endswith((".out", ".out_proj"))
+            _normal(module.weight, getattr(module, "bias", None), 0.02 / math.sqrt(2 * layers) if adds else 0.02)
+        elif isinstance(module, (MinGRU, MinLSTM)):
+            _init_min_rnn(module)
+    with torch.no_grad():
+        for mixer in model.backbone.mixers:
+            if isinstance(mixer, Mamba):
+                mixer.out_proj.weight /= math.sqrt(layers)
+
+
+def init_as_decision_transformer(model: nn.Module) -> None:
+    """Decision Transformer's initial values (github.com/kzl/decision-transformer e2d82e6, trajectory_gpt2.py).
+
+    Linears of the `backbone`, a mixer's inner ones included, are drawn from N(0, 0.02), and their biases are 0.
+    What stands around the backbone stays as torch draws it. Decision Mamba has the same initialiser
+    (github.com/Toshihiro-Ota/decision-mamba 35f9944, gym/models/decision_mamba.py): it also makes the bias of S6's time
+    step 0, so that each step is softplus(0) = 0.693.
+    """
+    for module in model.backbone.modules():
+        if isinstance(module, nn.Linear):
+            _normal(module.weight, module.bias, 0.02)
+        elif isinstance(module, (MinGRU, MinLSTM)):
+            _init_min_rnn(module)
+
+
+def _normal(weight: Tensor, bias: Tensor | None, std: float) -> None:
+    nn.init.normal_(weight, std=std)
+    if bias is not None:
+        nn.init.zeros_(bias)
+
+
+def _init_min_rnn(rnn: MinGRU | MinLSTM) -> None:
+    _normal(rnn.weight_ih_l0, rnn.bias_ih_l0, 0.02)
+    with torch.no_grad():
+        rnn.bias_ih_l0[: rnn.hidden_size] += getattr(rnn, "forget_bias", 0.0)
+
+
+def one_of(name: str, value: str, values: tuple[str, ...]) -> None:
+    if value not in values:
+        raise ValueError(f"{name}: expected one of {values}, got {value!r}")
 
 
 class TokenModel(nn.Module):
     """Embedding, backbone, and a linear head without a bias: token ids in, logits out.
 
     With the defaults the paper's model for selective copying (arXiv 2410.01201, appendix C): embeddings from N(0, 1),
-    no convolution, no MLP. With positions, tied and init="gpt2" around attention it is nanoGPT.
+    no convolution, no MLP. With positions, tied, norm="layer" and init="gpt2" around attention it is nanoGPT.
 
     Args:
         vocab_in, vocab_out: numbers of input ids and of classes.
         dim, layers, mixer, settings: see `Backbone`.
         positions: how many learned positions are added to the embeddings; None for none. Longer input is an error.
         tied: the head's weight is the embedding's.
-        init: "torch", or "gpt2": Linears and embeddings from N(0, 0.02), those that add to the residual stream from
-            N(0, 0.02 / sqrt(2 layers)), biases 0; recurrent layers keep their own.
+        init: "torch" leaves what torch draws; "gpt2" is nanoGPT's, see `init_as_gpt2`.
 
     A state is the backbone's, or (the number of steps so far (B,), the backbone's) with positions.
     """
@@ -150,8 +236,7 @@ class TokenModel(nn.Module):
         **settings: Any,
     ):
         super().__init__()
-        if init not in ("torch", "gpt2"):
-            raise ValueError(f"init: expected 'torch' or 'gpt2', got {init!r}")
+        one_of("init", init, ("torch", "gpt2"))
         if tied and vocab_in != vocab_out:
             raise ValueError(f"tied: expected vocab_in = vocab_out, got {vocab_in} and {vocab_out}")
         self.embedding = nn.Embedding(vocab_in, dim)
@@ -159,7 +244,7 @@ class TokenModel(nn.Module):
         self.head = nn.Linear(dim, vocab_out, bias=False)
         self.positions = nn.Embedding(positions, dim) if positions else None
         if init == "gpt2":
-            init_as_gpt2(self, layers)
+            init_as_gpt2(self)
         if tied:
             self.head.weight = self.embedding.weight
 
@@ -243,8 +328,7 @@ class DecisionModel(nn.Module):
         super().__init__()
         if tokens not in (1, 3):
             raise ValueError(f"tokens: expected 1 or 3, got {tokens}")
-        if init not in ("torch", "gpt2"):
-            raise ValueError(f"init: expected 'torch' or 'gpt2', got {init!r}")
+        one_of("init", init, ("torch", "dt"))
         self.act_dim, self.tokens = act_dim, tokens
         self.embed_return = nn.Linear(1, dim)
         self.embed_state = nn.Linear(state_dim, dim)
@@ -257,8 +341,8 @@ class DecisionModel(nn.Module):
         self.drop = nn.Dropout(settings.get("dropout", 0.0))
         self.backbone = Backbone(dim, layers, mixer, **settings)
         self.predict_action = nn.Sequential(nn.Linear(dim, act_dim), nn.Tanh())
-        if init == "gpt2":
-            init_as_gpt2(self, layers)
+        if init == "dt":
+            init_as_decision_transformer(self)
         if tokens == 3:
             nn.init.normal_(self.embed_timestep.weight, std=timestep_std)
 
@@ -311,18 +395,25 @@ class DecisionModel(nn.Module):
         return self.drop(self.input_projection(torch.cat(parts, -1).tanh()))
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float, only_matrices: bool = False) -> list[dict]:
-    """An optimiser's groups: everything decays, but for what a mixer has marked (`mixers.base.no_weight_decay`).
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float, decay: str = "all") -> list[dict]:
+    """An optimiser's groups, those that decay and those that do not.
 
-    So do embeddings, norms, biases and initial states, as in the authors' code (BorealisAI/minRNNs ff52e9d, main.py);
-    with only_matrices nothing of one dimension does, as in nanoGPT.
-    A mixer may also bound a parameter's learning rate by `parameter.lr_max` (S4's published training does).
+    A mixer may mark parameters that never decay (`mixers.base.no_weight_decay`) and bound a parameter's learning rate
+    by `parameter.lr_max` (S4's published training does).
+
+    Args:
+        lr, weight_decay: of all parameters but those.
+        decay: "all": everything decays, embeddings, norms, biases and initial states too, but the gates and candidates
+            of minimal RNNs do not (the authors' code, BorealisAI/minRNNs ff52e9d, main.py). "matrices": what has two
+            dimensions or more decays, gates too, and nothing else does (nanoGPT).
     """
+    one_of("decay", decay, ("all", "matrices"))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in trainable(model):
-        kept = getattr(parameter, "no_weight_decay", False) or (only_matrices and parameter.dim() < 2)
-        decay = 0.0 if kept else weight_decay
-        groups.setdefault((min(lr, getattr(parameter, "lr_max", lr)), decay), []).append(parameter)
+        free = parameter.dim() < 2 if decay == "matrices" else getattr(parameter, "is_gate", False)
+        free = free or getattr(parameter, "no_weight_decay", False)
+        key = min(lr, getattr(parameter, "lr_max", lr)), 0.0 if free else weight_decay
+        groups.setdefault(key, []).append(parameter)
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 

@@ -4,12 +4,13 @@ A later experiment adds to METRICS, TABLES and CELLS; planner, tables, figures a
 """
 
 import math
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from experiments.config import PROFILES, run_id
+from experiments.config import PROFILES, group_id, run_id
 from experiments.launch import compose
 
 
@@ -30,8 +31,11 @@ METRICS = {
     "test_accuracy_percent": Metric("test_accuracy", "test accuracy per token", "%", 100),
     "val_loss_nats": Metric("val_loss", "validation loss per character", "nats", digits=3, higher_is_better=False),
     "whole_loss_nats": Metric("test_loss", "loss of all validation text", "nats", digits=3, higher_is_better=False),
+    "val_accuracy_percent": Metric("val_accuracy", "validation accuracy per token", "%", 100),
     "score": Metric("test_score", "score", "% of an expert"),  # D4RL's normalisation
-    "best_evaluation": Metric("val_score", "score of the best evaluation in training", "% of an expert"),
+    "score_carried": Metric("test_score_carried", "score with the state carried", "% of an expert"),
+    "score_window": Metric("test_score_window", "score with a context of 20 steps", "% of an expert"),
+    "val_score": Metric("val_score", "score of an evaluation in training", "% of an expert"),
     "steps": Metric("step", "step", digits=0),
     "tokens_per_second": Metric("tokens_per_second", "training speed", "tokens/s", digits=0),
 }
@@ -58,20 +62,22 @@ class Cell:
     column: str
     metric: str
     experiment: str
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...]  # beside profile and seed, the whole command line of its runs
     order: int  # the smaller, the more wanted
-    paper_overrides: tuple[str, ...] = ()  # in profile paper only
-    scaled_overrides: tuple[str, ...] = ()  # in the others only
     profiles: tuple[str, ...] = PROFILES  # that have it
     asked: tuple[str, ...] = ()  # profiles that leave it to who asks for it by name, as it takes long
+    seeds: tuple[int, ...] | None = None  # None: as many as are wanted, from 0
 
     def config(self, profile: str) -> dict[str, Any]:
         return _compose(self.experiment, self.settings(profile))
 
     def settings(self, profile: str) -> tuple[str, ...]:
-        own = self.paper_overrides if profile == "paper" else self.scaled_overrides
-        named = any(setting.startswith("profile=") for setting in own)
-        return (*(() if named else (f"profile={profile}",)), *self.overrides, *own)
+        named = any(setting.startswith("profile=") for setting in self.overrides)
+        return (*self.overrides, *(() if named else (f"profile={profile}",)))
+
+    def command(self, profile: str, seed: int | str) -> str:
+        """What a reader types for one of its runs."""
+        return f"python -m experiments.{self.experiment} {shlex.join(self.settings(profile))} seed={seed}"
 
     def paper_scale(self) -> dict[str, Any]:
         return _compose(self.experiment, ("profile=paper",))
@@ -90,14 +96,18 @@ COPYING_SCALE = (
     ("train.batch_size", "batch"),
 )
 
-LANGUAGE_SCALE = (("data.block", "block"), ("train.steps", "steps"), ("train.batch_size", "batch"))
+LANGUAGE_SCALE = (("data.block_size", "block"), ("train.steps", "steps"), ("train.batch_size", "batch"))
 LANGUAGE_COLUMNS = (
     ("whole text (best)", "whole_loss_nats", "best"),
     ("step of best", "steps", "best"),
     ("tokens/s", "tokens_per_second", "last"),
 )
-DECISION_SCALE = (("model.dim", "width"), ("train.steps", "steps"), ("eval.batch_size", "episodes an evaluation"))
-DECISION_COLUMNS = (("best evaluation", "best_evaluation", "best"),)
+DECISION_SCALE = (("model.dim", "width"), ("train.steps", "steps"), ("eval.episodes", "episodes an evaluation"))
+DECISION_COLUMNS = (
+    ("last, state carried", "score_carried", "last"),
+    ("last, context of 20", "score_window", "last"),
+    ("best evaluation", "val_score", "best"),
+)
 LANGUAGE_MODELS = ("minGRU", "minLSTM", "Mamba", "Transformer", "GRU", "LSTM")
 
 
@@ -128,12 +138,23 @@ BIASES = ("bias 0", "bias 1", "bias 2", "bias 4")
 TABLES = {
     "charlm": Table(
         title="Character model",
-        caption="Tiny Shakespeare, character by character. Minimal RNNs, GRU and LSTM stand in the paper's block "
-        "(convolution of 4, RNN, MLP), the Transformer in nanoGPT's; Mamba's block has a convolution and a gate, and "
-        "no MLP. GRU and LSTM are not in the paper's comparison.",
+        caption="Tiny Shakespeare, character by character, all models under nanoGPT's convention (tied embeddings, "
+        "GPT-2's initial values, LayerNorm without bias, decay of matrices), in which the paper trained. Minimal RNNs, "
+        "GRU and LSTM stand in the paper's block with the authors' parts (convolution of 4 and pointwise, RNN, GEGLU), "
+        "the Transformer in nanoGPT's; Mamba's block has no MLP, and the initial values that its authors give for "
+        "language. GRU and LSTM are not in the paper's comparison.",
         column=None,
         settings=LANGUAGE_SCALE,
         panels=(("", LANGUAGE_MODELS),),
+        more=LANGUAGE_COLUMNS,
+    ),
+    "charlm_convention": Table(
+        title="Character model: what the convention is worth",
+        caption="The same models under two conventions. nanoGPT's: tied embeddings, GPT-2's initial values (Mamba's "
+        "own for Mamba), LayerNorm without bias. torch's: embeddings from N(0, 1), a head of its own, torch's initial "
+        "values, RMSNorm, as in the authors' public code.",
+        column="convention",
+        settings=LANGUAGE_SCALE,
         more=LANGUAGE_COLUMNS,
     ),
     "charlm_nanogpt": Table(
@@ -157,8 +178,8 @@ TABLES = {
     "decision_local": Table(
         title="Decision RNNs on local data",
         caption="Policies learned from datasets that this project made (`scripts.collect`), in D4RL's schema and at "
-        "its levels: scores are not to be compared with those on D4RL's own. Recurrent models carry their state "
-        "through the episode, DT looks back 20 steps.",
+        "its levels: scores are not to be compared with those on D4RL's own. minGRU, minLSTM, DAaren and DS4 carry "
+        "their state through the episode; DT and DMamba read the last 20 steps anew at each step, as published.",
         column="dataset",
         settings=DECISION_SCALE,
         more=DECISION_COLUMNS,
@@ -167,16 +188,16 @@ TABLES = {
     "decision_variants": Table(
         title="Decision RNNs: what the choices are worth",
         caption="minGRU on local/hopper-medium-replay. As above: windows padded on the right, which no model sees; "
-        "three tokens a step; the state carried through the episode; time embeddings start from N(0, 0.02). Padded on "
-        "the left, as the published code does, padding runs through the recurrence; its times start from N(0, 1).",
+        "three tokens a step; the state carried through the episode; time embeddings start from N(0, 1), as published. "
+        "Padded on the left, as the published code does, padding runs through the recurrence.",
         column=None,
         settings=DECISION_SCALE,
         more=DECISION_COLUMNS,
     ),
     "table3_d4rl": Table(
         title="Table 3: D4RL",
-        caption="Policies learned from D4RL's own datasets. Recurrent models carry their state through the episode, DT "
-        "looks back 20 steps.",
+        caption="Policies learned from D4RL's own datasets. minGRU, minLSTM, DAaren and DS4 carry their state through "
+        "the episode; DT and DMamba read the last 20 steps anew at each step, as published.",
         column="dataset",
         settings=DECISION_SCALE,
         more=DECISION_COLUMNS,
@@ -192,7 +213,8 @@ TABLES = {
     "table2_selective_copy": Table(
         title="Table 2: selective copying",
         caption="Selective copying by architecture (none, H3, Mamba) and layer, all run here. Minimal RNNs, GRU and "
-        "LSTM have 3 layers, the others 2 as in the Mamba paper; minLSTM unnormalised is the authors' public code's.",
+        "LSTM have 3 layers, the others 2 as in the Mamba paper, and no weight decay; minLSTM unnormalised is the "
+        "authors' public code's, with a forget bias of 3.",
         column=None,
         settings=COPYING_SCALE,
         chance=_chance,
@@ -211,43 +233,41 @@ TABLES = {
         chance=_chance,
         panels=(("minLSTM, bias of the forget gate", BIASES),),
     ),
-    "selective_copy_longer": Table(
-        title="Selective copying on a longer body",
-        caption="On the way from the scaled task to the paper's: the paper's number of tokens in a body four times as "
-        "long.",
-        column=None,
-        settings=COPYING_SCALE,
-        chance=_chance,
-        panels=(("Body of 256, 16 tokens", ("minGRU", "No gate S4")),),
-    ),
+    **{
+        f"{experiment}_learning_rate": Table(
+            title=f"{name}: choice of the learning rate",
+            caption="Each model for a part of its steps, the schedule ended as early, with one seed that no other "
+            "table has. A row of the tables above has the rate that is best here.",
+            column="learning rate",
+            settings=settings,
+            wide=True,
+        )
+        for experiment, name, settings in (
+            ("charlm", "Character model", LANGUAGE_SCALE),
+            ("selective_copy", "Selective copying", COPYING_SCALE),
+            ("decision", "Decision RNNs", DECISION_SCALE),
+        )
+    },
 }
 
 
+COPYING = ("test_accuracy_percent", "selective_copy")  # metric, experiment
+LANGUAGE = ("val_loss_nats", "charlm")
+
+
 def _layers(order: int, row: str, model: str, layers: int) -> Cell:
-    settings = (f"model={model}", f"model.layers={layers}")
-    return Cell("table1_layers", row, str(layers), "test_accuracy_percent", "selective_copy", settings, order)
+    settings = (f"model={model}", *((f"model.layers={layers}",) if layers != 3 else ()))
+    return Cell("table1_layers", row, str(layers), *COPYING, settings, order)
 
 
-def _copying(order: int, row: str, *overrides: str, paper: tuple[str, ...] = ()) -> Cell:
-    metric, experiment = "test_accuracy_percent", "selective_copy"
-    return Cell("table2_selective_copy", row, "accuracy", metric, experiment, overrides, order, paper)
-
-
-def _baseline(order: int, row: str, model: str) -> Cell:
-    # Layers and learning rate of the Mamba paper (arXiv 2312.00752, E.1).
-    return _copying(order, row, f"model={model}", "model.layers=2", paper=("train.lr=1e-4",))
+def _copying(order: int, row: str, *overrides: str, profiles: tuple[str, ...] = PROFILES) -> Cell:
+    return Cell("table2_selective_copy", row, "accuracy", *COPYING, overrides, order, profiles)
 
 
 def _bias(order: int, row: str) -> Cell:
-    settings = ("model=minlstm", "model.layers=3", f"model.forget_bias={row.removeprefix('bias ')}")
-    metric, experiment = "test_accuracy_percent", "selective_copy"
-    return Cell("forget_bias", row, "accuracy", metric, experiment, settings, order, profiles=SCALES)
-
-
-def _longer(order: int, row: str, *overrides: str) -> Cell:
-    settings = (*overrides, "data.length=256", "data.tokens=16")
-    metric, experiment = "test_accuracy_percent", "selective_copy"
-    return Cell("selective_copy_longer", row, "accuracy", metric, experiment, settings, order, profiles=("cpu",))
+    bias = row.removeprefix("bias ")
+    settings = ("model=minlstm", *((f"model.forget_bias={bias}",) if bias != "0" else ()))
+    return Cell("forget_bias", row, "accuracy", *COPYING, settings, order, SCALES)
 
 
 DECISION_MODELS = {
@@ -260,49 +280,82 @@ DATASETS = tuple(
 )
 
 
-def _decision(table: str, source: str, model: str, dataset: str, order: int, profiles: tuple[str, ...]) -> Cell:
-    # Decision Mamba's widths and rates, which the paper took (its appendix C).
-    paper = ("model.dim=256",) if dataset in ("hopper-medium", "hopper-medium-replay") else ()
-    paper += ("train.lr=1e-4",) if paper or dataset == "walker2d-medium" else ()
-    settings = (f"model={DECISION_MODELS[model]}", f"data.dataset={source}/{dataset}")
-    settings += () if model == "DT" else ("eval.context=null",)
+def _decision(table: str, source: str, model: str, dataset: str, order: int, profile: str) -> Cell:
+    settings: tuple[str, ...] = (f"model={DECISION_MODELS[model]}", f"data.dataset={source}/{dataset}")
+    if profile == "paper":  # Decision Mamba's widths and rates, which the paper took (its appendix C)
+        wide = dataset in ("hopper-medium", "hopper-medium-replay")
+        settings += ("model.dim=256",) if wide else ()
+        settings += ("train.learning_rate=1e-4",) if wide or dataset == "walker2d-medium" else ()
     asked = () if dataset.startswith("hopper") else ("cpu",)
-    return Cell(table, model, dataset, "score", "decision", settings, order, paper, profiles=profiles, asked=asked)
+    return Cell(table, model, dataset, "score", "decision", settings, order, (profile,), asked)
 
 
 WALKER = "data.dataset=local/walker2d-medium"
+SMALL_TIMES = "data.timestep_std=0.02"
 
 
 def _variant(order: int, row: str, *overrides: str) -> Cell:
-    dataset = () if any("data.dataset" in o for o in overrides) else ("data.dataset=local/hopper-medium-replay",)
+    dataset = () if WALKER in overrides else ("data.dataset=local/hopper-medium-replay",)
     settings, asked = ("model=mingru", *dataset, *overrides), () if dataset else ("cpu",)
-    return Cell("decision_variants", row, "score", "score", "decision", settings, order, profiles=("cpu",), asked=asked)
+    return Cell("decision_variants", row, "score", "score", "decision", settings, order, ("cpu",), asked)
 
 
-def _language(order: int, row: str, *scaled: str, model: str | None = None) -> Cell:
-    return Cell(
-        "charlm", row, "loss", "val_loss_nats", "charlm", (f"model={model or row.lower()}",), order,
-        scaled_overrides=scaled,
-    )  # fmt: skip
+def _language(order: int, row: str) -> Cell:
+    return Cell("charlm", row, "loss", *LANGUAGE, (f"model={row.lower()}",), order)
+
+
+def _convention(order: int, row: str, convention: str) -> Cell:
+    settings = (f"model={row.lower()}", *((f"convention={convention}",) if convention != "nanogpt" else ()))
+    return Cell("charlm_convention", row, convention, *LANGUAGE, settings, order, SCALES)
 
 
 def _nanogpt(order: int, row: str, profile: str, *settings: str) -> Cell:
-    scaled, paper = (settings, ()) if profile == "cpu" else ((), settings)
-    return Cell("charlm_nanogpt", row, "loss", "val_loss_nats", "charlm", (), order, paper, scaled, (profile,))
+    return Cell("charlm_nanogpt", row, "loss", *LANGUAGE, settings, order, (profile,))
+
+
+CHOICE_SEED = 1000  # of the runs that choose a learning rate
+
+
+def _rates(
+    experiment: str, metric: str, steps: int, rates: tuple[str, ...], rows: dict[str, tuple[str, ...]]
+) -> list[Cell]:
+    """Every row at every rate, in profile cpu."""
+    return [
+        Cell(
+            f"{experiment}_learning_rate", row, rate, metric, experiment,
+            (*settings, f"train.learning_rate={rate}", f"train.steps={steps}"), 0, ("cpu",), ("cpu",), (CHOICE_SEED,),
+        )
+        for row, settings in rows.items()
+        for rate in rates
+    ]  # fmt: skip
+
+
+COPYING_MODELS = {
+    "No gate S4": "s4", "No gate S6": "s6", "H3 S4": "h3_s4", "H3 Hyena": "h3_hyena", "H3 S6": "h3_s6",
+    "Mamba S4": "mamba_s4", "Mamba Hyena": "mamba_hyena", "Mamba S6": "mamba_s6", "minLSTM": "minlstm",
+    "minGRU": "mingru", "GRU": "gru", "LSTM": "lstm", "minLSTM unnormalised": "minlstm_unnormalized",
+    "No gate S4D": "s4d",
+}  # fmt: skip
+COPYING_ORDER = dict(
+    zip(
+        ("minGRU", "minLSTM", "No gate S4", "Mamba S6", "No gate S6", "H3 S6", "H3 S4", "Mamba S4", "H3 Hyena",
+         "Mamba Hyena", "GRU", "LSTM", "minLSTM unnormalised", "No gate S4D"),
+        (10, 20, *range(100, 220, 10)), strict=True,
+    )
+)  # fmt: skip
 
 
 # In the order in which a table shows them.
 CELLS = (
-    # Scaled: depths of the paper's and nanoGPT's block, and widths that give every model the parameters of nanoGPT's
-    # small Transformer (804,096) within 1 %.
-    _language(1, "minGRU", "model.layers=3", "model.dim=136"),
-    _language(3, "minLSTM", "model.layers=3", "model.dim=128"),
-    _language(4, "Mamba", "model.layers=6", "model.dim=136"),
-    _language(2, "Transformer", "model.layers=4", "model.dim=128"),
-    _language(6, "GRU", "model.layers=3", "model.dim=132"),
-    _language(7, "LSTM", "model.layers=3", "model.dim=124"),
-    _nanogpt(2, "Transformer, 4 layers, 128 wide", "cpu", "model=transformer", "model.layers=4"),
-    _nanogpt(5, "minGRU, 3 layers, 128 wide", "cpu", "model=mingru", "model.layers=3"),
+    *(_language(order, row) for order, row in zip((1, 3, 4, 2, 6, 7), LANGUAGE_MODELS, strict=True)),
+    *(
+        _convention(8, row, convention)
+        for row in ("minGRU", "minLSTM", "Mamba", "Transformer")
+        for convention in ("nanogpt", "torch")
+    ),
+    # nanoGPT's README states the loss at its own rate.
+    _nanogpt(2, "Transformer, 4 layers, 128 wide", "cpu", "model=transformer", "train.learning_rate=1e-3"),
+    _nanogpt(5, "minGRU, 3 layers, 128 wide", "cpu", "model=mingru", "model.dim=128", "train.learning_rate=1e-3"),
     _nanogpt(8, "Transformer, 6 layers, 384 wide", "paper", "model=transformer", "profile=nanogpt"),
     Cell(
         "charlm_docs",
@@ -316,49 +369,48 @@ CELLS = (
     ),
     *(
         # Hopper's data is made in minutes, the others' takes longer.
-        _decision("decision_local", "local", model, dataset, (300 if "hopper" in dataset else 500) + 10 * i + j, SCALES)
+        _decision("decision_local", "local", model, dataset, 10 * i + j + (500, 300)["hopper" in dataset], profile)
+        for profile in SCALES
         for i, dataset in enumerate(DATASETS)
         for j, model in enumerate(("minGRU", "DT", "minLSTM", "DMamba", "DAaren", "DS4"))
     ),
     *(
-        _decision("table3_d4rl", "d4rl", model, dataset, 400 + 10 * i, ("paper",))
+        _decision("table3_d4rl", "d4rl", model, dataset, 400 + 10 * i, "paper")
         for i, dataset in enumerate(DATASETS)
         for model in DECISION_MODELS
     ),
     Cell("decision_local", "minGRU", "hopper-random", "score", "decision", ("model=mingru",), 300, profiles=("smoke",)),
-    _variant(380, "as above", "eval.context=null"),
-    _variant(381, "looks back 20 steps"),
-    _variant(382, "padded on the left, looks back 20 steps", "data.padding=left"),
-    _variant(383, "one token a step", "eval.context=null", "data.tokens=1"),
-    _variant(384, "times start from N(0, 1)", "eval.context=null", "data.time_std=1"),
-    _variant(580, "walker2d-medium, as above", "eval.context=null", WALKER),
-    _variant(581, "walker2d-medium, times start from N(0, 1)", "eval.context=null", "data.time_std=1", WALKER),
-    _layers(40, "minLSTM", "minlstm", 1),
-    _layers(60, "minLSTM", "minlstm", 2),
-    _layers(20, "minLSTM", "minlstm", 3),
-    _layers(30, "minGRU", "mingru", 1),
-    _layers(50, "minGRU", "mingru", 2),
-    _layers(10, "minGRU", "mingru", 3),
-    _baseline(100, "No gate S4", "s4"),
-    _baseline(120, "No gate S6", "s6"),
-    _baseline(140, "H3 S4", "h3_s4"),
-    _baseline(160, "H3 Hyena", "h3_hyena"),
-    _baseline(130, "H3 S6", "h3_s6"),
-    _baseline(150, "Mamba S4", "mamba_s4"),
-    _baseline(170, "Mamba Hyena", "mamba_hyena"),
-    _baseline(110, "Mamba S6", "mamba_s6"),
-    _copying(20, "minLSTM", "model=minlstm", "model.layers=3"),
-    _copying(10, "minGRU", "model=mingru", "model.layers=3"),
-    # Not in the paper. 1.875 * 64 units give GRU 74,704 parameters a layer (minGRU has 74,944), LSTM 97,024
-    # (minLSTM has 99,904).
-    _copying(200, "GRU", "model=gru", "model.layers=3", "model.expansion=1.875"),
-    _copying(210, "LSTM", "model=lstm", "model.layers=3", "model.expansion=1.875"),
-    _copying(220, "minLSTM unnormalised", "model=minlstm_unnormalized", "model.layers=3"),
-    _baseline(230, "No gate S4D", "s4d"),
+    _variant(380, "as above"),
+    _variant(381, "padded on the left, context of 20", "data.padding=left", "eval.context_length=20"),
+    _variant(382, "one token a step", "data.tokens=1"),
+    _variant(383, "times start from N(0, 0.02)", SMALL_TIMES),
+    _variant(580, "walker2d-medium, as above", WALKER),
+    _variant(581, "walker2d-medium, times start from N(0, 0.02)", WALKER, SMALL_TIMES),
+    *(_layers(order, "minLSTM", "minlstm", layers) for order, layers in ((40, 1), (60, 2), (20, 3))),
+    *(_layers(order, "minGRU", "mingru", layers) for order, layers in ((30, 1), (50, 2), (10, 3))),
+    *(_copying(COPYING_ORDER[row], row, f"model={model}") for row, model in COPYING_MODELS.items()),
+    *(
+        _copying(230, f"{row}, the text's Adam", f"model={row.lower()}", "optimizer=paper_text", profiles=("paper",))
+        for row in ("minLSTM", "minGRU")
+    ),
     *(_bias(240 + i, row) for i, row in enumerate(BIASES)),
-    _longer(180, "minGRU", "model=mingru", "model.layers=3"),
-    _longer(190, "No gate S4", "model=s4", "model.layers=2"),
-)
+    *_rates(
+        "charlm", "val_loss_nats", 500, ("1e-3", "3e-3", "1e-2"),
+        {row: (f"model={row.lower()}",) for row in LANGUAGE_MODELS}
+        | {
+            f"{row}, torch's": (f"model={row.lower()}", "convention=torch")
+            for row in ("minGRU", "minLSTM", "Mamba", "Transformer")
+        },
+    ),
+    *_rates(
+        "selective_copy", "val_accuracy_percent", 500, ("1e-3", "3e-3", "1e-2"),
+        {row: (f"model={model}",) for row, model in COPYING_MODELS.items()},
+    ),
+    *_rates(
+        "decision", "val_score", 1000, ("3e-4", "1e-3", "3e-3"),
+        {row: (f"model={model}", "data.dataset=local/hopper-medium-replay") for row, model in DECISION_MODELS.items()},
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -382,13 +434,16 @@ class Run:
 
 
 def runs(profile: str, seeds: int, cells: Iterable[Cell] = CELLS) -> list[Run]:
-    """Every run once, most wanted first, all of seed 0 before any of seed 1."""
+    """Every run once: those of a seed of their own, then most wanted first, all of seed 0 before any of seed 1."""
     groups: dict[str, list[Cell]] = {}
     for cell in sorted((cell for cell in cells if profile in cell.profiles), key=lambda cell: cell.order):
-        groups.setdefault(run_id({**cell.config(profile), "seed": None}), []).append(cell)
+        groups.setdefault(group_id(cell.config(profile)), []).append(cell)
     found = []
-    for seed in range(seeds):
+    for seed in (CHOICE_SEED, *range(seeds)):
         for group, filled in groups.items():
+            own = filled[0].seeds
+            if seed not in (range(seeds) if own is None else own):
+                continue
             config = {**filled[0].config(profile), "seed": seed}
             found.append(
                 Run(

@@ -29,7 +29,7 @@ from experiments import charlm, decision, machine, selective_copy
 from experiments.config import CharLM, Decision, Run, SelectiveCopy, group_id, typed
 from experiments.cost import T4, Cost, Machine, count, here, total
 from experiments.decision.data import ENVIRONMENTS, split_name
-from minrnn.models import parameter_groups
+from experiments.engine import Trainer
 from scripts import plan
 from scripts.reproduce import cores, has_gpu
 from scripts.tables import command, load, machines, markdown_grid, write
@@ -81,7 +81,7 @@ def _tokens(config: dict[str, Any]) -> int:
     lengths = {
         "selective_copy": lambda: data["length"] + data["tokens"],
         "charlm": lambda: data["block"],
-        "decision": lambda: data["context"] * data["tokens"],
+        "decision": lambda: data["context_length"] * data["tokens"],
     }
     return batch * lengths[config["experiment"]]()
 
@@ -97,7 +97,7 @@ def copying_work(cfg: SelectiveCopy) -> Work:
     def batch(size: int) -> Batch:
         return _ids(size, cfg.data.length + cfg.data.tokens), _ids(size, cfg.data.tokens)
 
-    evaluated = (_evaluations(cfg) + 2) * cfg.eval.batches  # val, and test at the end of last and best
+    evaluated = (_evaluations(cfg) + 2) * cfg.eval.iters  # val, and test at the end of last and best
     part = batch(cfg.train.batch_size // cfg.micro_batches)
     return selective_copy.model(cfg), selective_copy.loss, part, [(evaluated, batch(cfg.eval.batch_size))]
 
@@ -106,20 +106,20 @@ def language_work(cfg: CharLM) -> Work:
     if cfg.data.text != "tinyshakespeare" or cfg.data.path is not None:
         raise ValueError(f"data.text, data.path: expected tinyshakespeare, whose size is known, got {cfg.data}")
 
-    def batch(size: int, block: int = cfg.data.block) -> Batch:
+    def batch(size: int, block: int = cfg.data.block_size) -> Batch:
         return _ids(size, block), _ids(size, block)
 
-    count, rest = divmod(VALIDATION - 1, cfg.data.block)  # all of the text, as charlm.whole_loss cuts it, twice
-    most = max(1, 2**14 // cfg.data.block)
+    count, rest = divmod(VALIDATION - 1, cfg.data.block_size)  # all of the text, as charlm.whole_loss cuts it, twice
+    most = max(1, 2**14 // cfg.data.block_size)
     whole = [(2 * (count // most), batch(most)), (2, batch(count % most)), (2, batch(1, rest))]
-    evaluated = [(_evaluations(cfg) * cfg.eval.batches, batch(cfg.eval.batch_size)), *whole]
+    evaluated = [(_evaluations(cfg) * cfg.eval.iters, batch(cfg.eval.batch_size)), *whole]
     part = batch(cfg.train.batch_size // cfg.micro_batches)
     return charlm.model(cfg, CHARACTERS), charlm.loss, part, [(n, b) for n, b in evaluated if b[0].numel()]
 
 
 def decision_work(cfg: Decision) -> Work:
     states, actions = _sizes(cfg)
-    shape = (cfg.train.batch_size // cfg.micro_batches, cfg.data.context)
+    shape = (cfg.train.batch_size // cfg.micro_batches, cfg.data.context_length)
     # The mask takes all: what a boolean one takes has no size before it is computed.
     part = (torch.zeros(*shape, 1), torch.zeros(*shape, states), torch.zeros(*shape, actions), _ids(*shape), ...)
     return decision.model(cfg, states, actions), decision.loss, part, []
@@ -133,7 +133,7 @@ def _sizes(cfg: Decision) -> tuple[int, int]:
 
 
 def _evaluations(cfg: Run) -> int:
-    return math.ceil(cfg.train.steps / cfg.eval.every)
+    return math.ceil(cfg.train.steps / cfg.eval.interval)
 
 
 def costs(cfg: Run) -> tuple[Cost, list[tuple[int, Cost]]]:
@@ -142,23 +142,12 @@ def costs(cfg: Run) -> tuple[Cost, list[tuple[int, Cost]]]:
         raise ValueError(f"train.precision: expected fp32, whose rate the limits hold, got {cfg.train.precision}")
     with FakeTensorMode():
         model, loss, part, evaluated = WORK[cfg.experiment](cfg)
-        groups = parameter_groups(model, cfg.train.lr, cfg.train.weight_decay, cfg.train.decay == "matrices")
-        optimizer = torch.optim.AdamW(groups, fused=True)
-
-        def finish() -> None:
-            if cfg.train.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        trainer = Trainer(model, cfg.train, cfg.micro_batches)
 
         def step() -> None:
-            for _ in range(cfg.micro_batches):
-                (loss(model, part) / cfg.micro_batches).backward()
-            finish()
+            trainer.step(0, loss, [part] * cfg.micro_batches)
 
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        finish()  # the optimiser makes its state
+        step()  # the optimiser makes its state
         trained = count(step)
         model.eval()
         with torch.inference_mode():
@@ -169,7 +158,7 @@ def _alike(cfg: Run) -> str:
     """The same for configurations that cost the same: of a dataset only its environment's sizes matter."""
     if isinstance(cfg, Decision):
         cfg = replace(cfg, data=replace(cfg.data, dataset=str(_sizes(cfg))))
-    return repr(replace(cfg, train=replace(cfg.train, lr=1.0)))
+    return repr(replace(cfg, train=replace(cfg.train, learning_rate=1.0)))
 
 
 def rows(runs: list[plan.Run], records: Iterable[dict[str, Any]], device: str) -> list[Row]:

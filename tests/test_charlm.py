@@ -91,7 +91,7 @@ def test_the_transformer_is_nanogpts():
     """Its parameters, without positions, at 6 layers of 384 are FACTS 3.2's; so are those of the small setting."""
     count = {}
     for layers, dim, block in ((6, 384, 256), (4, 128, 64)):
-        overrides = ["model=transformer", f"model.layers={layers}", f"model.dim={dim}", f"data.block={block}"]
+        overrides = ["model=transformer", f"model.layers={layers}", f"model.dim={dim}", f"data.block_size={block}"]
         cfg = launch.resolve("charlm", overrides).model
         model = charlm.TokenModel(65, 65, mixer=charlm.make(**cfg.mixer(block)), **cfg.backbone(block))
         count[layers] = sum(p.numel() for p in model.parameters()) - block * dim
@@ -100,7 +100,7 @@ def test_the_transformer_is_nanogpts():
 
 @pytest.mark.parametrize("model", ("mingru", "minlstm", "transformer"))
 def test_a_run_leaves_its_losses(tmp_path, text, model):
-    cfg = resolve(tmp_path, f"model={model}", f"data.path={text}", "train.steps=200", "eval.every=100")
+    cfg = resolve(tmp_path, f"model={model}", f"data.path={text}", "train.steps=200", "eval.interval=100")
     assert charlm.run(cfg) == "done"
     record = records.read_record(records.record_path(tmp_path / "results", "charlm", run_id(cfg)))
     last, best = record["metrics"]["last"], record["metrics"]["best"]
@@ -112,8 +112,8 @@ def test_a_run_leaves_its_losses(tmp_path, text, model):
 @pytest.mark.parametrize(
     ("content", "message"),
     (
-        (b"", "data.path: expected at least 170 characters for data.block=16, .* has 0"),
-        (b"short", "data.path: expected at least 170 characters for data.block=16, .* has 5"),
+        (b"", "data.path: expected at least 170 characters for data.block_size=16, .* has 0"),
+        (b"short", "data.path: expected at least 170 characters for data.block_size=16, .* has 5"),
         (b"\xff\xfe" * 500, "data.path: expected UTF-8, .* is not"),
         (None, "data.path: cannot read .*No such file"),
     ),
@@ -207,7 +207,7 @@ def trained(tmp_path_factory):
     (folder / "text.txt").write_text("0123456789" * 300)
     runs = {}
     for model in ("mingru", "transformer", "minlstm", "mamba", "gru", "lstm"):
-        overrides = (f"model={model}", f"data.path={folder / 'text.txt'}", "train.steps=150", "eval.every=50")
+        overrides = (f"model={model}", f"data.path={folder / 'text.txt'}", "train.steps=150", "eval.interval=50")
         cfg = resolve(folder, *overrides)
         assert charlm.run(cfg) == "done"
         runs[model] = run_id(cfg)

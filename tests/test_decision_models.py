@@ -185,6 +185,12 @@ def test_initial_values_are_the_published_models(name):
         assert len(biases) == 3 and all((x == 0).all() for x in biases)  # softplus(0) = 0.693 in every channel
 
 
+def test_timestep_embeddings_may_start_small():
+    for name in ("transformer", "mingru"):
+        net = published(name, "data.timestep_std=0.02")
+        assert net.embed_timestep.weight.std().item() == pytest.approx(0.02, rel=0.03)
+
+
 def test_where_there_is_dropout():
     transformer, mamba = published("transformer"), published("mamba")
     assert [x.dropout for x in transformer.backbone.mixers] == [0.1] * 3

@@ -58,7 +58,7 @@ def numbers(record):
 
 
 # The run that is not interrupted, and how to have a long one checkpoint often.
-LONG = ("train.steps=400", "eval.every=100", "checkpoint_every=0")
+LONG = ("train.steps=400", "eval.interval=100", "checkpoint_every=0")
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +182,11 @@ def test_a_run_that_another_process_has_is_left_to_it(tmp_path):
 
 
 def test_a_run_that_reaches_nan_is_recorded_as_diverged(tmp_path):
-    outcome, record = run(tmp_path, "train.lr=1e30", "train.clip=null")
+    outcome, record = run(tmp_path, "train.learning_rate=1e30", "train.grad_clip=null")
     assert outcome == record["status"] == "diverged"
     assert record["reason"].startswith(("train_loss was nan at step", "train_loss was inf at step"))
     assert record["metrics"] == {} and 0 < record["steps"] < 20
-    assert run(tmp_path, "train.lr=1e30", "train.clip=null")[0] == "diverged"  # final: not tried again
+    assert run(tmp_path, "train.learning_rate=1e30", "train.grad_clip=null")[0] == "diverged"  # final: not tried again
 
 
 def test_an_evaluation_that_is_not_finite_is_a_divergence(tmp_path, monkeypatch):
@@ -325,7 +325,7 @@ def test_equal_settings_have_one_id():
     ("overrides", "message"),
     (
         (["model.layrs=1"], "model.layrs: no such setting; the nearest is model.layers"),
-        (["trian.lr=1"], "trian.lr: no such setting; the nearest is train.lr"),
+        (["trian.learning_rate=1"], "trian.learning_rate: no such setting; the nearest is train.learning_rate"),
         (["+train.extra=1"], "train.extra: no such setting"),
         (["train.steps=0"], "train.steps: expected more than 0, got 0"),
         (["train.precision=fp8"], "train.precision: expected one of .*fp32.*, got 'fp8'"),
@@ -338,7 +338,7 @@ def test_equal_settings_have_one_id():
         (["seed=-1"], "seed: expected 0 to 2047, got -1"),
         (["train.steps=600000"], "train.steps: expected at most 524288, got 600000"),
         (["seed=1,2"], "seed=1,2: several values are a sweep, which needs -m"),
-        (["~train.clip"], "~train.clip: a setting cannot be taken away"),
+        (["~train.grad_clip"], "~train.grad_clip: a setting cannot be taken away"),
     ),
 )
 def test_wrong_settings_are_named(overrides, message):
@@ -453,16 +453,16 @@ def test_forget_bias_is_three_in_the_authors_form():
 
 
 def test_learning_rate_follows_its_schedule():
-    train = config.Train(steps=110, lr=2.0, schedule="cosine", warmup=10, min_lr=0.2)
-    rates = [train.lr * engine.lr_factor(train, step) for step in range(111)]
+    train = config.Train(steps=110, learning_rate=2.0, schedule="cosine", warmup_steps=10, min_lr=0.2)
+    rates = [train.learning_rate * engine.lr_factor(train, step) for step in range(111)]
     assert rates[:10] == pytest.approx([2 * (i + 1) / 11 for i in range(10)])
     assert rates[10] == 2 and rates[60] == pytest.approx(1.1) and rates[110] == pytest.approx(0.2)
-    assert engine.lr_factor(config.Train(warmup=0), 12345) == 1
+    assert engine.lr_factor(config.Train(warmup_steps=0), 12345) == 1
 
 
 def test_micro_batches_and_processes_make_the_same_step(tmp_path):
     """Up to rounding: the same run in one piece, in two, and on two processes by torchrun."""
-    steps = ("train.steps=6", "eval.every=3", "train.batch_size=8")
+    steps = ("train.steps=6", "eval.interval=3", "train.batch_size=8")
     (tmp_path / "one").mkdir()
     _, one = run(tmp_path / "one", *steps)
     _, parts = run(tmp_path / "parts", *steps, "micro_batches=2")
@@ -490,7 +490,7 @@ def test_training_in_sixteen_bits_follows_float32(tmp_path, precision):
 def test_training_learns(tmp_path):
     """One symbol among four in a short body is learned in seconds; chance is 1/2."""
     task = ("data.length=4", "data.tokens=1", "data.vocab=4")
-    _, record = run(tmp_path, *task, "train.steps=150", "train.batch_size=32", "eval.every=50")
+    _, record = run(tmp_path, *task, "train.steps=150", "train.batch_size=32", "eval.interval=50")
     assert record["metrics"]["last"]["test_accuracy"] > 0.95
     losses = [value for _, _, value in record["curves"]["train_loss"]]
     assert losses[-1] < 0.2 < 0.6 < losses[0]

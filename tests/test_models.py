@@ -10,23 +10,36 @@ from experiments.config import MODELS
 from experiments.launch import resolve
 from minrnn.mixers import GRUMixer, LSTMMixer, MinGRUMixer, MinLSTMMixer, make
 from minrnn.mixers.base import state_map
-from minrnn.models import Backbone, DecisionModel, RMSNorm, TokenModel
+from minrnn.models import Backbone, RMSNorm, TokenModel
 
-NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs/model").glob("*.yaml"))
+CONFIGS = Path(__file__).parent.parent / "configs/selective_copy/model"
+ELSEWHERE = {"attention": ("charlm", "transformer"), "aaren": ("decision", "aaren")}  # where their files are
+BARE = ("model.mlp=0", "model.norm=rms", "model.init=torch", "model.tied=false", "model.positions=false")
+NAMES = sorted([path.stem for path in CONFIGS.glob("*.yaml")] + [*ELSEWHERE])
 RECURRENT = [name for name in NAMES if "hyena" not in name]
 TOKENS = torch.arange(2 * 23).view(2, 23) * 7 % 16
 
 
 def model_of(name, dtype=torch.float64, layers=2, *settings):
-    overrides = [f"model={name}", f"model.layers={layers}", "model.dim=16", *settings]
-    model = resolve("selective_copy", overrides).model
+    experiment, file = ELSEWHERE.get(name, ("selective_copy", name))
+    overrides = [f"model={file}", f"model.layers={layers}", "model.dim=16"]
+    overrides += [*(setting for setting in BARE if setting.split("=")[0] not in " ".join(settings)), *settings]
+    model = resolve(experiment, overrides).model
     return TokenModel(16, 16, mixer=make(**model.mixer(64)), **model.backbone(64)).to(dtype)
 
 
 # What stands around the mixer: nothing, or all there is.
 AROUND = {
     "bare": (),
-    "full": ("model.conv=4", "model.mlp=2", "model.norm=layer", "model.positions=true", "model.tied=true"),
+    "full": (
+        "model.conv=4",
+        "model.pointwise=true",
+        "model.mlp=2",
+        "model.norm=layer",
+        "model.positions=true",
+        "model.tied=true",
+    ),
+    "geglu": ("model.conv=4", "model.mlp=2", "model.activation=geglu"),
 }
 
 
@@ -155,8 +168,8 @@ def test_attention_and_mlp_are_nanogpts_written_out():
             return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
         x = model.embedding.weight[TOKENS] + model.positions.weight[: TOKENS.shape[1]]
-        parts = (model.backbone.norms, model.backbone.mixers, model.backbone.mlps)
-        for before, attention, mlp in zip(*parts, strict=True):
+        parts = (model.backbone.norms, model.backbone.mixers, model.backbone.mlp_norms, model.backbone.mlps)
+        for before, attention, between, mlp in zip(*parts, strict=True):
             q, k, v = (norm(x, before.weight) @ attention.qkv.weight.T).split(16, -1)
             rows = []
             for t in range(TOKENS.shape[1]):
@@ -168,20 +181,11 @@ def test_attention_and_mlp_are_nanogpts_written_out():
                     heads.append((weights[..., None] * v[:, : t + 1, part]).sum(1))
                 rows.append(torch.cat(heads, -1))
             x = x + torch.stack(rows, 1) @ attention.out.weight.T
-            hidden = norm(x, mlp[0].weight) @ mlp[1].weight.T
+            hidden = norm(x, between.weight) @ mlp.fc.weight.T
             hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
-            x = x + hidden @ mlp[3].weight.T
+            x = x + hidden @ mlp.out.weight.T
         expected = norm(x, model.backbone.norm.weight) @ model.head.weight.T
     close(model(TOKENS)[0], expected)
-
-
-@pytest.mark.parametrize("init", ["torch", "gpt2"])
-def test_times_start_small_beside_states(init):
-    torch.manual_seed(0)
-    net = DecisionModel(11, 3, 64, 1, make("mingru", expansion=1), init=init)
-    assert net.embed_time.weight.std().item() == pytest.approx(0.02, rel=0.02)
-    net = DecisionModel(11, 3, 64, 1, make("mingru", expansion=1), init=init, time_std=1.0)
-    assert net.embed_time.weight.std().item() == pytest.approx(1, rel=0.02)
 
 
 def test_gpt2s_initial_values():
@@ -190,7 +194,7 @@ def test_gpt2s_initial_values():
     assert model.head.weight is model.embedding.weight
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
-            adds = name.endswith(("out.weight", "3.weight"))
+            adds = name.endswith("out.weight")
             expected = 0.02 / 4 if adds else 0.02
             assert 0.8 < parameter.std().item() / expected < 1.2, name
 

@@ -71,10 +71,11 @@ def read(cfg: CharLM, device: torch.device | str) -> Text:
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise data.DataError(f"data.path: expected UTF-8, {path} is not ({error})") from error
-    least = 10 * (cfg.data.block + 1)  # of which a tenth validates
+    least = 10 * (cfg.data.block_size + 1)  # of which a tenth validates
     if len(text) < least:
         raise data.DataError(
-            f"data.path: expected at least {least} characters for data.block={cfg.data.block}, {path} has {len(text)}"
+            f"data.path: expected at least {least} characters for data.block_size={cfg.data.block_size}, "
+            f"{path} has {len(text)}"
         )
     return Text(text, device)
 
@@ -111,14 +112,14 @@ def evaluate(cfg: CharLM, text: Text, model: nn.Module, split: str) -> dict[str,
     if split == "test":
         return {"loss": whole_loss(cfg, text.val, model)}
     total = 0.0
-    for i in range(cfg.eval.batches):
-        total += loss(model, text.batch(text.val, cfg.eval.batch_size, cfg.data.block, eval_seed("val", i))).item()
-    return {"loss": total / cfg.eval.batches}
+    for i in range(cfg.eval.iters):
+        total += loss(model, text.batch(text.val, cfg.eval.batch_size, cfg.data.block_size, eval_seed("val", i))).item()
+    return {"loss": total / cfg.eval.iters}
 
 
 def whole_loss(cfg: CharLM, part: Tensor, model: nn.Module) -> float:
     """Over every character but the first: blocks one after another, the last one shorter."""
-    block, total = cfg.data.block, 0.0
+    block, total = cfg.data.block_size, 0.0
     most = max(1, 2**14 // block)  # sequences at a time
     count = (len(part) - 1) // block
     inputs, targets = part[: count * block].view(count, block), part[1 : count * block + 1].view(count, block)
@@ -132,7 +133,7 @@ def whole_loss(cfg: CharLM, part: Tensor, model: nn.Module) -> float:
 
 def model(cfg: CharLM, vocab: int) -> TokenModel:
     """For so many characters."""
-    block = cfg.data.block
+    block = cfg.data.block_size
     return TokenModel(vocab, vocab, mixer=make(**cfg.model.mixer(block)), **cfg.model.backbone(block))
 
 
@@ -140,7 +141,7 @@ def task(cfg: CharLM, device: torch.device) -> engine.Task:
     if cfg.model.name == "attention" and not cfg.model.positions:
         raise ValueError("model: attention alone knows no order; model=transformer has positions")
     text = read(cfg, device)
-    block = cfg.data.block
+    block = cfg.data.block_size
     return engine.Task(
         model=model(cfg, len(text.vocabulary)).to(device),
         batch=lambda step: text.batch(text.train, cfg.train.batch_size, block, train_seed(cfg.seed, step)),

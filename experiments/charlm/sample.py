@@ -74,7 +74,7 @@ def load(settings: Settings) -> tuple[TokenModel, str]:
             f"run: {settings.run} has a record, but no weights in {settings.output_dir} (they stay where it was run); "
             f"give output_dir=, or do it again: python -m experiments.charlm results_dir=mine output_dir=mine ..."
         )
-    vocabulary, block = record["facts"]["vocabulary"], cfg.data.block
+    vocabulary, block = record["facts"]["vocabulary"], cfg.data.block_size
     vocab = len(vocabulary)
     model = TokenModel(vocab, vocab, mixer=make(**cfg.model.mixer(block)), **cfg.model.backbone(block))
     model.load_state_dict(saved["best_weights" if settings.weights == "best" else "model"])

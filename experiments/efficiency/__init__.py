@@ -78,7 +78,7 @@ def run(cfg: Efficiency) -> str:
             "hardware": machine.hardware(device.type),
             "started": began,
         }
-        with engine.told_to_stop() as stop:
+        with engine.stop_signals() as stop:
             made_with = {key: record[key] for key in ("git", "versions", "hardware")}
             found = measure(cfg, device, Kept(folder, made_with), lambda: _why_stop(cfg, stop))
         if isinstance(found, str):

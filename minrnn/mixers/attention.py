@@ -8,7 +8,7 @@ from .base import Mixer, State, like
 
 
 class Attention(Mixer):
-    """Multi-head causal self-attention with torch's fused kernel, without biases, as in nanoGPT's blocks.
+    """Multi-head causal self-attention with torch's fused kernel, as in nanoGPT's blocks.
 
     (https://github.com/karpathy/nanoGPT, model.py, CausalSelfAttention.) It knows no positions: the model adds them.
     The state is all keys and values so far, so unlike the recurrent mixers' it grows, and so does a step.
@@ -17,9 +17,10 @@ class Attention(Mixer):
         dim: D, a multiple of heads.
         heads: of width D / heads each; None means heads of 64 channels, but 4 at least, as in nanoGPT's settings.
         dropout: on the attention weights, in training.
+        bias: of both Linears.
     """
 
-    def __init__(self, dim: int, heads: int | None = None, dropout: float = 0.0):
+    def __init__(self, dim: int, heads: int | None = None, dropout: float = 0.0, bias: bool = False):
         super().__init__()
         heads = max(4, dim // 64) if heads is None else heads
         if heads < 1 or dim % heads:
@@ -27,8 +28,8 @@ class Attention(Mixer):
         self.dim = dim
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """As `Mixer.forward`; the state is the pair of keys and values, (B, heads, steps so far, D / heads) each."""

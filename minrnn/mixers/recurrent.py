@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rnn import MinGRU, MinLSTM
-from .base import Mixer, State, like, no_weight_decay
+from .base import Mixer, State, like
 
 
 def units(dim: int, expansion: float) -> int:
@@ -24,7 +24,7 @@ class _MinRNNMixer(Mixer):
     """minGRU or minLSTM with an initial state that is learned, and a projection.
 
     The layout of the authors' public code (BorealisAI/minRNNs ff52e9d, models/minRNNs.py): the initial state is
-    g(p) with p ~ N(0, 1), and the weights of gates and candidate do not decay.
+    g(p) with p ~ N(0, 1). Weights and biases of gates and candidate are marked (`is_gate`), as they do not decay there.
     """
 
     rnn: MinGRU | MinLSTM
@@ -35,7 +35,8 @@ class _MinRNNMixer(Mixer):
         self.rnn = rnn(dim, units(dim, expansion), batch_first=True, **settings)
         self.initial = nn.Parameter(torch.randn(self.rnn.hidden_size))
         self.out = nn.Linear(self.rnn.hidden_size, dim)
-        no_weight_decay(self.rnn.weight_ih_l0, self.rnn.bias_ih_l0)
+        for parameter in (self.rnn.weight_ih_l0, self.rnn.bias_ih_l0):
+            parameter.is_gate = True
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         h0 = self.initial_state(x.shape[0]) if state is None else state
