@@ -14,7 +14,14 @@ from minrnn.models import Backbone, RMSNorm, TokenModel
 
 CONFIGS = Path(__file__).parent.parent / "configs/selective_copy/model"
 ELSEWHERE = {"attention": ("charlm", "transformer"), "aaren": ("decision", "aaren")}  # where their files are
-BARE = ("model.mlp=0", "model.norm=rms", "model.init=torch", "model.tied=false", "model.positions=false")
+BARE = (
+    "model.mlp=0",
+    "model.norm=rms",
+    "model.init=torch",
+    "model.tied=false",
+    "model.positions=false",
+    "model.dropout=0",
+)
 NAMES = sorted([path.stem for path in CONFIGS.glob("*.yaml")] + [*ELSEWHERE])
 RECURRENT = [name for name in NAMES if "hyena" not in name]
 TOKENS = torch.arange(2 * 23).view(2, 23) * 7 % 16
