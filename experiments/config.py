@@ -4,6 +4,7 @@ A run is what `model`, `data`, `train`, `eval` and the seed say; the rest says w
 does not enter its id.
 """
 
+import difflib
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +19,17 @@ PROFILES = ("smoke", "cpu", "paper")
 SECTIONS = ("model", "data", "train", "eval")  # what makes a run what it is, with the experiment and the seed
 NO_ID = {"id": False}  # of a setting in them that does not
 TEXTS = ("tinyshakespeare", "python_docs")
+FORMER = {  # names of settings in records of schema 1, and their present ones
+    "train.lr": "train.learning_rate",
+    "train.warmup": "train.warmup_steps",
+    "train.clip": "train.grad_clip",
+    "eval.every": "eval.interval",
+    "eval.batches": "eval.iters",
+    "data.block": "data.block_size",
+    "data.context": "data.context_length",
+    "data.time_std": "data.timestep_std",
+    "eval.context": "eval.context_length",
+}
 
 
 @dataclass
@@ -361,9 +373,12 @@ def positive(config: Any, section: str, *names: str) -> None:
             raise ValueError(f"{section}.{name}: expected more than 0, got {getattr(config, name)}")
 
 
-def one_of(config: Any, section: str, name: str, values: tuple[str, ...]) -> None:
-    if getattr(config, name) not in values:
-        raise ValueError(f"{f'{section}.{name}'.strip('.')}: expected one of {values}, got {getattr(config, name)!r}")
+def one_of(config: Any, section: str, name: str, values: tuple[Any, ...]) -> None:
+    value = getattr(config, name)
+    if value not in values:
+        near = difflib.get_close_matches(str(value), map(str, values), n=1, cutoff=0)[0]
+        setting = f"{section}.{name}".strip(".")
+        raise ValueError(f"{setting}: expected one of {values}, got {value!r}; the nearest is {near}")
 
 
 def run_id(config: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from .data import DataError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SEARCH = f"hydra.searchpath=[file://{CONFIGS}]"
-GROUPS = ("model", "part", "profile", "launcher")
+GROUPS = ("model", "convention", "optimizer", "part", "profile", "launcher")
 WRONG, UNFINISHED = 2, 75
 _outcomes: list[str] = []
 UNFINISHED_OUTCOMES = {"paused", "stopped", "busy"}
@@ -107,29 +107,48 @@ def check(experiment: str, overrides: list[str], multirun: bool = False) -> None
     Hydra refuses such a key too, without a hint.
     """
     parsed = OverridesParser.create().parse_overrides(overrides)
-    chosen = {o.key_or_group: o for o in parsed if o.key_or_group in GROUPS}
-    settings = [o for o in parsed if o.key_or_group not in GROUPS and not o.key_or_group.startswith("hydra")]
+    groups = {name: files for name in GROUPS if (files := _files(experiment, name))}
+    chosen = {o.key_or_group: o for o in parsed if o.key_or_group in groups}
+    settings = [o for o in parsed if o.key_or_group not in groups and not o.key_or_group.startswith("hydra")]
     for override in (*chosen.values(), *settings):
         if override.is_delete():
             raise ValueError(f"{override.input_line}: a setting cannot be taken away; set it to null")
         if override.is_sweep_override() and not multirun:
             raise ValueError(f"{override.input_line}: several values are a sweep, which needs -m")
+    for group, override in chosen.items():
+        for value in map(str, _values(override)):
+            if value not in groups[group]:
+                near = difflib.get_close_matches(value, groups[group], n=1, cutoff=0)[0]
+                raise ValueError(
+                    f"{group}: expected one of {', '.join(groups[group])}, got {value!r}; the nearest is {near}"
+                )
     known = _keys(OmegaConf.to_container(_compose(experiment, [_one(o) for o in chosen.values()])))
     for override in settings:
         key = override.key_or_group
         if key not in known:
-            near = difflib.get_close_matches(key, [*known, *GROUPS], n=1, cutoff=0)[0]
+            near = config.FORMER.get(key) or difflib.get_close_matches(key, [*known, *groups], n=1, cutoff=0)[0]
             raise ValueError(f"{key}: no such setting; the nearest is {near}")
     if not any(override.is_sweep_override() for override in parsed):
         resolve(experiment, overrides)
 
 
+def _files(experiment: str, group: str) -> list[str]:
+    """What can be chosen of a group; empty where the experiment does not have it."""
+    folders = (CONFIGS / experiment / group, CONFIGS / group)
+    return sorted(path.stem for folder in folders for path in folder.glob("*.yaml"))
+
+
 def _one(override: Override) -> str:
     """A choice of a group; of a sweep its first."""
+    return f"{override.key_or_group}={_values(override)[0]}"
+
+
+def _values(override: Override) -> list[Any]:
+    """The choices of a group."""
     if not override.is_sweep_override():
-        return override.input_line
+        return [override.value()]
     if override.is_choice_sweep():
-        return f"{override.key_or_group}={override.value().list[0]}"
+        return override.value().list
     raise ValueError(f"{override.input_line}: name the values, one after another with commas")
 
 

@@ -38,16 +38,29 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError, and RecordError for what is no JSON object."""
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{path}: not a record ({error}); remove it to have the run done again") from error
+    if not isinstance(found, dict):
+        raise RecordError(
+            f"{path}: expected a record, got a {type(found).__name__}; remove it to have the run done again"
+        )
+    return found
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
     """None where there is none. A record of another schema, or one that cannot be read, is a RecordError."""
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{path}: not a record ({error}); remove it to have the run done again") from error
-    if record.get("schema_version") != SCHEMA_VERSION:
-        raise RecordError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {record.get('schema_version')}")
+    version = record.get("schema_version")
+    if version != SCHEMA_VERSION:
+        todo = "; `python -m scripts.migrate` renames its settings, the numbers stay" if version == 1 else ""
+        raise RecordError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {version}{todo}")
     return record
 
 

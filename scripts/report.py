@@ -4,17 +4,19 @@
 words follows from the numbers by fixed rules; unconfirmed values of the paper are never judged by.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from scripts import efficiency
-from scripts.plan import TABLES, commonest
+from scripts.plan import METRICS, TABLES, commonest
 from scripts.tables import (
     PAPER,
     Entry,
     Records,
     caption,
     command,
+    common_seeds,
     efficiency_claims,
     file_name,
     grid,
@@ -98,7 +100,7 @@ def copying_found(profile: str, found: list[Entry]) -> list[str]:
 
 
 def bias_found(profile: str, found: list[Entry]) -> list[str]:
-    """By the mean over the curve: who learns sooner has more of it."""
+    """Compares means over the curve, which are larger for who learns sooner."""
     done = [entry for entry in found if entry.done]
     if len(done) < 2:
         return []
@@ -176,49 +178,123 @@ def calibration_found(profile: str, found: list[Entry]) -> list[str]:
     return said
 
 
+def convention_found(profile: str, found: list[Entry]) -> list[str]:
+    """What the Transformer is behind, under each convention."""
+    said = []
+    for row in dict.fromkeys(entry.cell.row for entry in found):
+        gaps = []
+        for convention in dict.fromkeys(entry.cell.column for entry in found):
+            here = {entry.cell.row: entry for entry in found if entry.cell.column == convention and entry.done}
+            if row != "Transformer" and {row, "Transformer"} <= set(here):
+                gaps.append(f"{here[row].mean('best') - here['Transformer'].mean('best'):+.3f} ({convention})")
+        if gaps:
+            said.append(f"{row} - Transformer, validation loss at the best point in nats: {', '.join(gaps)}.")
+    return said
+
+
+def rates_found(profile: str, found: list[Entry]) -> list[str]:
+    """The rate that is best on validation, of each row; where it is the first or last, a further one may be better."""
+    said = []
+    for row in dict.fromkeys(entry.cell.row for entry in found):
+        mine = [entry for entry in found if entry.cell.row == row]
+        if all(entry.done for entry in mine):
+            chosen = best_rate(mine)
+            edge = chosen in (mine[0].cell.column, mine[-1].cell.column)
+            said.append(f"{row}: {chosen}" + (" (at the edge of what was tried)" if edge else "") + ".")
+    return said
+
+
+def best_rate(of_row: list[Entry]) -> str:
+    better = max if of_row[0].metric.higher_is_better else min
+    return better(of_row, key=lambda entry: entry.mean("best")).cell.column
+
+
 def decision_found(profile: str, found: list[Entry]) -> list[str]:
     said = []
     for dataset in dict.fromkeys(entry.cell.column for entry in found):
-        here = {entry.cell.row: entry for entry in found if entry.cell.column == dataset and entry.done}
+        mine = [entry for entry in found if entry.cell.column == dataset]
+        seeds = common_seeds(mine)
+        here = {entry.cell.row: entry.of_seeds(seeds) for entry in mine if entry.done}
+        if len(seeds) < 2:
+            said += [f"{dataset}: {len(seeds)} seed in common, and nothing is concluded from one."] if here else []
+            continue
         judge = here.get("DT")
         for row in ("minGRU", "minLSTM"):
             if judge is None or row not in here:
                 continue
             below, spread = judge.mean() - here[row].mean(), judge.std()
-            if spread is None:
-                verdict = "one seed each, so nothing can be said of the difference"
-            else:
-                verdict = "within" if below <= spread else "not within"
-                verdict += f" DT's standard deviation of {spread:.1f} (or better)"
+            verdict = "within" if below <= spread else "not within"
+            verdict += f" DT's standard deviation of {spread:.1f} (or better)"
             said.append(f"{dataset}: {row} {here[row].mean():.1f}, DT {judge.mean():.1f}; {verdict}.")
+        for row, entry in here.items():
+            ways = [entry.mean("last", METRICS[name]) for name in ("score_carried", "score_window")]
+            if None not in ways:
+                said.append(
+                    f"{dataset}, {row}: {ways[0]:.1f} with its state carried, {ways[1]:.1f} with a context of 20."
+                )
         if dataset.endswith("medium-replay"):
             for row, entry in here.items():
-                asked = sorted((int(k.rpartition("_")[2]), k) for k in entry.done[0]["metrics"]["last"] if "_at_" in k)
-                got = [sum(r["metrics"]["last"][key] for r in entry.done) / len(entry.done) for _, key in asked]
+                targets = [(int(match[1]), key) for key in entry.done[0]["metrics"]["last"] if (match := ASKED(key))]
+                got = [
+                    sum(r["metrics"]["last"][key] for r in entry.done) / len(entry.done) for _, key in sorted(targets)
+                ]
                 verdict = "rises" if got[-1] > got[0] else "does not rise"
-                steps = ", ".join(f"{score} → {value:.0f}" for (score, _), value in zip(asked, got, strict=True))
+                steps = ", ".join(
+                    f"{score} → {value:.0f}" for (score, _), value in zip(sorted(targets), got, strict=True)
+                )
                 said.append(
                     f"{dataset}, {row}: the score {verdict} from the least to the greatest asked for ({steps})."
                 )
-    gaps = [r["metrics"]["best"]["val_score"] - r["metrics"]["last"]["test_score"] for e in found for r in e.done]
-    if gaps:
+    scores = [
+        (r["metrics"]["best"]["val_score"], r["metrics"]["best"]["test_score"], r["metrics"]["last"]["test_score"])
+        for entry in found
+        for r in entry.done
+    ]
+    if scores:
+        chosen, best, last = (sum(values) / len(values) for values in zip(*scores, strict=True))
         said.append(
-            f"Over all {len(gaps)} runs the best evaluation in training is {sum(gaps) / len(gaps):.1f} points above "
-            "what the last weights reach on fresh episodes: that much is chosen, not learned."
+            f"Over all {len(scores)} runs the best evaluation in training scores {chosen:.1f}, the weights of that "
+            f"point on fresh episodes {best:.1f}, the last weights {last:.1f}: {chosen - best:.1f} points of the best "
+            f"evaluation are selection, {best - last:.1f} are better weights."
         )
     return said
+
+
+ASKED = re.compile(r"test_score_at_(\d+)").fullmatch  # a score that was asked for
 
 
 FINDINGS: dict[str, Callable[[str, list[Entry]], list[str]]] = {
     "table1_layers": layers_found,
     "table2_selective_copy": copying_found,
-    "selective_copy_longer": copying_found,
     "forget_bias": bias_found,
     "charlm": language_found,
+    "charlm_convention": convention_found,
     "decision_local": decision_found,
     "table3_d4rl": decision_found,
     "charlm_nanogpt": calibration_found,
+    "charlm_learning_rate": rates_found,
+    "selective_copy_learning_rate": rates_found,
+    "decision_learning_rate": rates_found,
 }
+# Tables whose sentences compare no rows, or find the seeds that they compare themselves.
+ROWS_APART = (
+    "charlm_nanogpt",
+    "decision_local",
+    "table3_d4rl",
+    *(table for table in TABLES if "learning_rate" in table),
+)
+
+
+def findings(table: str, profile: str, found: list[Entry]) -> list[str]:
+    """Sentences by rule, over the seeds that all rows have: nothing is concluded from one."""
+    if table not in FINDINGS or profile == "smoke":
+        return []
+    if table in ROWS_APART:
+        return FINDINGS[table](profile, found)
+    seeds = common_seeds(found)
+    if len(seeds) < 2:
+        return [f"The rows have {len(seeds)} seed in common, and nothing is concluded from one."] if seeds else []
+    return FINDINGS[table](profile, [entry.of_seeds(seeds) for entry in found])
 
 
 def compared_with_paper(found: list[Entry]) -> list[str]:
@@ -273,7 +349,7 @@ def section(folder: Path, table: str, profile: str, found: list[Entry]) -> str:
         markdown_grid(*grid(table, profile, found)),
         " ".join(notes(found)),
     ]
-    said = FINDINGS[table](profile, found) if table in FINDINGS and profile != "smoke" else []
+    said = findings(table, profile, found)
     said += compared_with_paper(found) if profile == "paper" else []
     said += blank(found)
     parts.append("\n".join(f"- {line}" for line in said))
@@ -291,14 +367,19 @@ def section(folder: Path, table: str, profile: str, found: list[Entry]) -> str:
 
 
 def runs(profile: str, found: list[Entry]) -> str:
-    lines = []
+    """The command of each row and the records that it gave, by seed."""
+    lines, count = [], 0
     for entry in found:
-        for record in entry.done + entry.others:
-            place = f"runs/{record['experiment']}/{record['run_id']}/record.json"
-            lines.append(
-                f"- {entry.cell.label}, seed {record['seed']}: [{record['run_id']}]({place}), {record['status']}"
-            )
-    return f"<details><summary>Runs ({len(lines)})</summary>\n\n" + "\n".join(lines) + "\n\n</details>"
+        done = entry.done + entry.others
+        count += len(done)
+        links = [
+            f"[{record['run_id']}](runs/{record['experiment']}/{record['run_id']}/record.json) (seed {record['seed']}, "
+            f"{record['status']})"
+            for record in sorted(done, key=lambda record: record["seed"])
+        ]
+        seed = next(iter(entry.cell.seeds or (0,)))
+        lines.append(f"- {entry.cell.label}: `{entry.cell.command(profile, seed)}`: {', '.join(links) or 'not run'}")
+    return f"<details><summary>Commands and runs ({count})</summary>\n\n" + "\n".join(lines) + "\n\n</details>"
 
 
 def made_with(records: list[dict]) -> str:

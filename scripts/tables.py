@@ -13,8 +13,8 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,27 @@ class Entry:
         return METRICS[self.cell.metric]
 
     def values(self, which: str, metric: Metric | None = None) -> list[float]:
+        """By seed; empty where a record does not have this number."""
         metric = metric or self.metric
-        return [(record | record["metrics"][which])[metric.key] * metric.scale for record in self.done]
+        values = [(record | record["metrics"][which]).get(metric.key) for record in self.done]
+        return [] if None in values else [value * metric.scale for value in values]
 
     def mean(self, which: str = "last", metric: Metric | None = None) -> float | None:
-        return statistics.fmean(self.values(which, metric)) if self.done else None
+        values = self.values(which, metric)
+        return statistics.fmean(values) if values else None
 
     def std(self, which: str = "last", metric: Metric | None = None) -> float | None:
-        return statistics.stdev(self.values(which, metric)) if len(self.done) > 1 else None
+        """Of a sample (ddof = 1)."""
+        values = self.values(which, metric)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    @property
+    def seeds(self) -> list[int]:
+        return [record["seed"] for record in self.done]
+
+    def of_seeds(self, seeds: Iterable[int]) -> "Entry":
+        """The same cell, of these seeds only."""
+        return replace(self, done=[record for record in self.done if record["seed"] in seeds])
 
 
 def load(results_dir: str | Path) -> Records:
@@ -118,13 +131,19 @@ def entries(table: str, profile: str, records: Records, paper: dict) -> list[Ent
     return found
 
 
+def common_seeds(found: list[Entry]) -> list[int]:
+    """Those that every entry with a record has: what rows are compared over."""
+    seeds = [set(entry.seeds) for entry in found if entry.done]
+    return sorted(set.intersection(*seeds)) if seeds else []
+
+
 # -- what a reader sees
 
 
 def plus_minus(entry: Entry, which: str, metric: Metric | None = None) -> str:
-    if not entry.done:
-        return ""
     metric = metric or entry.metric
+    if not entry.values(which, metric):
+        return ""
     mean, std = metric.format(entry.mean(which, metric)), entry.std(which, metric)
     return mean if std is None else f"{mean} ± {metric.format(std)}"
 
@@ -220,9 +239,11 @@ def caption(table: str, profile: str, found: list[Entry]) -> str:
         for key, name in shown.settings
     )
     seeds = sorted({record["seed"] for record in records})
-    text = f"{TABLES[table].caption} {labels[0].upper()}{labels[1:]}, mean ± standard deviation over n runs "
-    text += f"({'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}). Last: after the last step; "
-    text += "best: at the step of the best validation. "
+    text = f"{TABLES[table].caption} {labels[0].upper()}{labels[1:]}, mean ± standard deviation of a sample (ddof = 1) "
+    text += f"over n runs ({'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}). Last: after the last "
+    text += "step; best: at the step of the best validation. "
+    if len({len(entry.done) for entry in found if entry.done}) > 1:
+        text += f"Rows differ in n; all have seed {', '.join(map(str, common_seeds(found))) or 'none'} in common. "
     if own:
         text += f"{'The paper' if shown.published == 'paper' else shown.published}'s scale: {scale}. "
     else:
@@ -251,6 +272,8 @@ def notes(found: list[Entry]) -> list[str]:
     said = []
     if any(entry.paper and not entry.paper.confirmed for entry in found):
         said.append("† unconfirmed: recalled, and found in no source that could be reached.")
+    if any(entry.paper and "translation" in entry.paper.source for entry in found):
+        said.append("The paper's values are read in a translation of it.")
     if any(entry.paper is None for entry in found) and any(entry.paper for entry in found):
         whose = TABLES[found[0].cell.table].published
         said.append(f"No value in the column {whose}: it has none." if whose != "paper" else NOT_PAPERS)

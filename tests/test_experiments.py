@@ -19,7 +19,7 @@ from minrnn.mixers import make
 from minrnn.models import TokenModel, parameter_groups
 
 ROOT = Path(__file__).parent.parent
-MODELS = sorted(path.stem for path in (ROOT / "configs/model").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (ROOT / "configs/selective_copy/model").glob("*.yaml"))
 SMALL = ("profile=smoke", "model.layers=1", "logger=none", "progress=false", "threads=1", "device=cpu")
 
 
@@ -226,7 +226,7 @@ def test_a_run_that_fails_is_recorded_with_its_reason(tmp_path, monkeypatch):
 
 def test_a_record_holds_what_makes_its_numbers_checkable(tmp_path):
     _, record = run(tmp_path, "model.layers=2")
-    assert record["schema_version"] == 1 and record["status"] == "done" and record["reason"] is None
+    assert record["schema_version"] == 2 and record["status"] == "done" and record["reason"] is None
     assert record["config"]["model"].items() >= {"name": "mingru", "dim": 64, "layers": 2, "expansion": 6}.items()
     assert set(record["metrics"]["last"]) == {"step", "val_accuracy", "val_loss", "test_accuracy", "test_loss"}
     assert record["metrics"]["last"]["step"] == record["steps"] == 20
