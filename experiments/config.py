@@ -278,7 +278,7 @@ class DecisionData:
 @dataclass
 class DecisionEval:
     interval: int = 10_000  # steps
-    episodes: int = 100  # of each target return
+    episodes: int = 100  # of an evaluation, each asked for the same return
     context_length: int | None = 20  # steps that the policy looks back; None: all, in a recurrent state
 
     def __post_init__(self):

@@ -311,13 +311,16 @@ def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, 
                 raise Paused(f"{text} at step {state.step} of {steps}", outcome)
             clock = time.perf_counter()
         save()
-        state.last |= evaluate("test") | evaluate("test", task.evaluate_last)
+        values = evaluate("test")
+        state.last |= values | evaluate("test", task.evaluate_last)
         check(state.last)
-        weights = copy.deepcopy(raw.state_dict())
-        raw.load_state_dict(best_weights)
-        state.best |= evaluate("test")
+        if state.best["step"] != state.last["step"]:
+            weights = copy.deepcopy(raw.state_dict())
+            raw.load_state_dict(best_weights)
+            values = evaluate("test")
+            raw.load_state_dict(weights)
+        state.best |= values
         check(state.best)
-        raw.load_state_dict(weights)
         state.seconds = time.monotonic() - began
         log.finish(state.last, state.best)
     return state

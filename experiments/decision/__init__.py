@@ -10,9 +10,9 @@ of an episode is
 
 and the loss the mean square over the actions.
 
-A score is the mean return of whole episodes in the environment, `eval.episodes` for each target return, in percent of
-an expert's (D4RL's normalisation). val's and test's episodes begin from different seeds, those of different targets
-and ways to look back from the same ones.
+A score is the mean return of whole episodes in the environment, `eval.episodes` of them, in percent of an expert's
+(D4RL's normalisation). val's and test's episodes begin from different seeds, those of different targets and ways to
+look back from the same ones.
 
     val_score, test_score           asked for the first of Decision Transformer's targets, looking back as
                                     eval.context_length says
@@ -20,7 +20,7 @@ and ways to look back from the same ones.
     test_score_window               the same with the last steps read anew at each step, data.context_length of them
                                     where eval.context_length is null, padded on the left where data.padding is left
     test_score_at_return_<target>   asked for the second of Decision Transformer's targets
-    test_score_at_<score>           asked for TARGETS
+    test_score_at_<score>           asked for TARGETS, a fifth as many episodes of each
 
 the last two of the last weights alone.
 
@@ -30,6 +30,7 @@ which is worth 3.65 points on average over D4RL's nine sets for one and the same
 choose them, give `best.test_score`.
 """
 
+import math
 from functools import partial
 
 import numpy as np
@@ -73,17 +74,19 @@ def evaluate_last(cfg: Decision, dataset: data.Dataset, model: DecisionModel, sp
     """Asked for the second target, and for TARGETS."""
     environment = data.ENVIRONMENTS[dataset.env]
     low, high = environment.reference
-    targets = {f"at_return_{environment.targets[1]:.0f}": environment.targets[1]}
-    targets |= {f"at_{score}": low + score / 100 * (high - low) for score in TARGETS}
-    returns, _ = play(cfg, dataset, model, split, targets.values(), cfg.eval.context_length)
-    return {f"score_{name}": data.normalized(dataset.env, r.mean()) for name, r in zip(targets, returns, strict=True)}
+    second = environment.targets[1]
+    targets = [low + score / 100 * (high - low) for score in TARGETS]
+    found = {f"at_return_{second:.0f}": play(cfg, dataset, model, split, [second], cfg.eval.context_length)[0]}
+    returns, _ = play(cfg, dataset, model, split, targets, cfg.eval.context_length, math.ceil(cfg.eval.episodes / 5))
+    found |= {f"at_{score}": row for score, row in zip(TARGETS, returns, strict=True)}
+    return {f"score_{name}": data.normalized(dataset.env, row.mean()) for name, row in found.items()}
 
 
-def play(cfg, dataset, model, split, targets, context_length) -> tuple[np.ndarray, np.ndarray]:
-    """Returns and lengths, (targets, eval.episodes) each."""
+def play(cfg, dataset, model, split, targets, context_length, n=None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns and lengths, (targets, n) each; n is eval.episodes where it is not given."""
     device = next(model.parameters()).device
     mean, std = (torch.as_tensor(x, device=device) for x in (dataset.mean, dataset.std))
-    n = cfg.eval.episodes
+    n = n or cfg.eval.episodes
     found = rollout(
         model, data.ENVIRONMENTS[dataset.env].id, mean, std, np.repeat([*targets], n),
         np.tile(eval_seed(split, 0) + np.arange(n), len(targets)), context_length, cfg.data.padding == "left",
