@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.tables import renew_readme
 from scripts import efficiency
 from scripts.plan import METRICS, TABLES, commonest
 from scripts.tables import (
@@ -451,8 +452,14 @@ def write_all(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:
 
 
 def main() -> None:
-    for path in write_all(results_dir_argument(__doc__.splitlines()[0])):
+    """README shows what was found in its own results folder, between its marks."""
+    results_dir = results_dir_argument(__doc__.splitlines()[0])
+    for path in write_all(results_dir):
         print(path)
+    if results_dir == "results":
+        for table, profile, found in measured_tables(load(results_dir)):
+            bullets = "\n".join(f"- {line}" for line in findings(table, profile, found))
+            renew_readme(f"found:{file_name(table, profile)}", bullets)
 
 
 if __name__ == "__main__":

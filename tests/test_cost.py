@@ -166,7 +166,7 @@ HERE = Machine("this one", 10e9, 50e9, 1e-6)
 def record(config, seed, hardware, speed):
     config = {**config, "seed": seed}
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "run_id": roofline.plan.run_id(config),
         "config": config,
         "seed": seed,

@@ -328,7 +328,7 @@ def part(tmp_path, name, points, machine="Some CPU, 2 threads", **changes):
     config = launch.compose("efficiency", [f"part={name}", "profile=cpu"])
     config["data"]["machine"] = machine
     record = {
-        "schema_version": 1, "run_id": shown.run_id(config), "experiment": "efficiency", "profile": "cpu",
+        "schema_version": 2, "run_id": shown.run_id(config), "experiment": "efficiency", "profile": "cpu",
         "config": config, "seed": 0, "status": "done", "reason": None, "points": points, "errors": {"minGRU": 1e-7},
         "dtype": "float32", "limits": {"bandwidth": 5e10, "matrix_rate": 1e11, "launch": 1e-6}, "seconds": 60.0,
         "git": {"commit": "0123456789abcdef", "clean": True}, "versions": {"python": "3.11.7", "torch": "2.13.0"},

@@ -2,9 +2,11 @@
 
 import csv
 import io
+import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import data, records
-from experiments.config import MODELS, PROFILES
-from scripts import figures, plan, report, reproduce, tables
+from experiments import data, launch, records
+from experiments.config import FORMER, MODELS, PROFILES, run_id
+from experiments.launch import compose
+from scripts import figures, migrate, plan, report, reproduce, tables
 
 ROOT = Path(__file__).parent.parent
 SENTINEL = 77777.7
@@ -33,7 +36,7 @@ def make_record(run, last, best=None, status="done", **changes):
         metrics[which] |= {"test_score": 100 * value, "val_score": 100 * value}
     curve = [[steps * (i + 1) // 10, float(i), last * (i + 1) / 10] for i in range(10)]
     return {
-        "schema_version": 1, "run_id": run.run_id, "experiment": run.experiment, "profile": run.config["profile"],
+        "schema_version": 2, "run_id": run.run_id, "experiment": run.experiment, "profile": run.config["profile"],
         "config": run.config, "seed": run.seed, "status": status, "reason": None,
         "metrics": metrics if status == "done" else {},
         "curves": dict.fromkeys(("train_loss", "val_accuracy", "val_loss", "val_score"), curve),
@@ -688,3 +691,73 @@ def test_overrides_must_leave_the_runs_what_they_are():
 def test_times_are_read_and_said():
     assert [reproduce.seconds(text) for text in ("90s", "20m", "1.5h")] == [90, 1200, 5400]
     assert [reproduce.duration(s) for s in (90.4, 1200, 9000)] == ["90 s", "20 min", "2.5 h"]
+
+
+# -- one command is one cell
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_command_that_the_report_prints_gives_its_run(tmp_path, profile):
+    for run in plan.runs(profile, 2):
+        put(tmp_path, make_record(run, 0.5))
+    report.write_all(tmp_path)
+    text = (tmp_path / ("REPORT_smoke.md" if profile == "smoke" else "REPORT.md")).read_text()
+    lines = re.findall(r"^- .*?: `python -m experiments\.(\w+) (.*?) seed=(\d+)`: (.*)$", text, re.MULTILINE)
+    assert len(lines) == sum(profile in cell.profiles for cell in plan.CELLS)
+    for experiment, settings, seed, links in lines:
+        config = compose(experiment, [*shlex.split(settings), f"seed={seed}"])
+        assert f"[{run_id(config)}](runs/{experiment}/{run_id(config)}/record.json) (seed {seed}, done)" in links
+
+
+@pytest.mark.parametrize("text", ["README.md", "results/REPORT.md"])
+def test_the_commands_that_readers_see_compose(text):
+    command = r"python -m experiments\.(selective_copy|charlm|decision|efficiency) ([^`#\n]+)"
+    found = re.findall(command, (ROOT / text).read_text())
+    assert found
+    for experiment, settings in found:
+        launch.check(experiment, [s for s in shlex.split(settings) if s != "-m"], multirun=True)
+
+
+def test_every_committed_record_is_what_its_folder_and_its_settings_say():
+    paths = sorted((ROOT / "results/runs").glob("*/*/record.json"))
+    assert paths
+    for path in paths:
+        record = records.read_record(path)
+        place = (record["experiment"], record["run_id"])
+        assert place == path.parts[-3:-1] and run_id(record["config"]) == record["run_id"], path
+
+
+def test_the_learning_rate_of_each_row_is_the_best_of_those_tried():
+    """In profile cpu, by the committed records."""
+    found = tables.load(ROOT / "results")
+    for table in (name for name in plan.TABLES if name.endswith("_learning_rate")):
+        entries = tables.entries(table, "cpu", found, {})
+        for row in dict.fromkeys(entry.cell.row for entry in entries):
+            mine = [entry for entry in entries if entry.cell.row == row]
+            assert all(entry.done for entry in mine), f"{table}: {row} was not tried at each rate"
+            settings = [s for s in mine[0].cell.settings("cpu") if not s.startswith("train.")]
+            used = compose(mine[0].cell.experiment, settings)["train"]["learning_rate"]
+            assert used == float(report.best_rate(mine)), f"{table}: {row} has {used}"
+
+
+# -- records of schema 1
+
+
+def test_records_of_schema_1_are_renamed_and_keep_their_numbers(tmp_path):
+    run = find("cpu", "minGRU, layers 3")[0]
+    new = make_record(run, 0.9)
+    old = json.loads(json.dumps(new)) | {"schema_version": 1, "run_id": "0123456789ab"}
+    for section, names in (("train", ("learning_rate", "warmup_steps", "grad_clip")), ("eval", ("interval", "iters"))):
+        former = {after: before for before, after in FORMER.items()}
+        for name in names:
+            old["config"][section][former[f"{section}.{name}"].partition(".")[2]] = old["config"][section].pop(name)
+    put(tmp_path, old)
+    with pytest.raises(records.RecordError, match="expected schema_version 2, got 1; `python -m scripts.migrate`"):
+        tables.load(tmp_path)
+    (line,) = migrate.migrate(tmp_path)
+    assert line.endswith(f"now {run.run_id}") and list(migrate.migrate(tmp_path)) == []
+    assert tables.load(tmp_path) == {run.run_id: new}
+    gone = make_record(find("cpu", "No gate S4")[0], 0.9) | {"schema_version": 1}
+    put(tmp_path, gone)
+    (line,) = migrate.migrate(tmp_path)
+    assert "left, it can't be said in today's settings" in line and "remove it" in line
