@@ -23,13 +23,15 @@ EPISODES = 60  # at once
 
 def models() -> dict[str, Callable[[], DecisionModel]]:
     def build(mixer, **settings):
-        return lambda: DecisionModel(STATE, ACTION, DIM, LAYERS, mixer, steps=1000, mlp=4, **settings)
+        return lambda: DecisionModel(STATE, ACTION, DIM, LAYERS, mixer, **settings)
 
+    paper = {"mlp": 2, "activation": "geglu"}
+    published = {"mlp": 4, "norm": "layer", "bias": True, "init": "dt"}
     return {
-        "minrnn": build(make("mingru", expansion=1)),
-        "minLSTM": build(make("minlstm", expansion=1)),
-        "Transformer": build(make("attention", heads=1), norm="layer", init="gpt2"),
-        "Mamba": build(make("ssm", inner="s6", wrapping="mamba"), norm="layer"),
+        "minrnn": build(make("mingru", expansion=1), **paper),
+        "minLSTM": build(make("minlstm", expansion=1), **paper),
+        "Transformer": build(make("attention", heads=1, bias=True), activation="relu", **published),
+        "Mamba": build(make("ssm", inner="s6", wrapping="mamba"), **published),
     }
 
 

@@ -264,30 +264,27 @@ class CharLM(Run):
 @dataclass
 class DecisionData:
     dataset: str = "local/hopper-medium"  # or d4rl/..., D4RL's own file; or minari/...
-    context: int = 20  # steps of a training window
-    tokens: int = 3  # of a step: return, state, action, one after another; or 1, their sum
-    padding: str = "right"  # which no model sees; or left, which runs through a recurrence, as in the published code
-    time_std: float = 0.02  # time embeddings start from N(0, time_std); in the published code from N(0, 1)
+    context_length: int = 20  # steps of a training window, Decision Transformer's K
+    tokens: int = 3  # of a step: return-to-go, state, action one after another; or 1, all joined, as in Decision S4
+    padding: str = "right"  # which no model sees; or left, which runs through a recurrence, as in Decision Mamba's code
+    timestep_std: float = 1.0  # timestep embeddings start from N(0, timestep_std)
 
     def __post_init__(self):
-        positive(self, "data", "context", "time_std")
+        positive(self, "data", "context_length", "timestep_std")
         one_of(self, "data", "tokens", (1, 3))
         one_of(self, "data", "padding", ("right", "left"))
 
 
 @dataclass
-class DecisionEval(Eval):
-    """`batches` of `batch_size` episodes for each target."""
-
-    every: int = 10_000
-    batches: int = 1
-    batch_size: int = 100
-    context: int | None = 20  # steps that the policy looks back; None: all, in a recurrent state
+class DecisionEval:
+    interval: int = 10_000  # steps
+    episodes: int = 100  # of an evaluation, each asked for the same return
+    context_length: int | None = 20  # steps that the policy looks back; None: all, in a recurrent state
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.context is not None:
-            positive(self, "eval", "context")
+        positive(self, "eval", "interval", "episodes")
+        if self.context_length is not None:
+            positive(self, "eval", "context_length")
 
 
 @dataclass

@@ -41,6 +41,7 @@ class Task:
         batch: of a step, all its sequences, on the device: tensors with the batch as first dimension.
         loss: of the model (perhaps wrapped) and a part of such a batch; the mean over what it holds.
         evaluate: of the model and "val" or "test"; finite numbers by name.
+        evaluate_last: what "test" says beside these of the last weights alone.
         tokens: of one step.
         select: the number of "val" by which the best step is chosen, the larger the better with `maximize`.
         facts: what else the record is to say, of the data for instance.
@@ -53,6 +54,7 @@ class Task:
     tokens: int
     select: str = "accuracy"
     maximize: bool = True
+    evaluate_last: Callable[[nn.Module, str], dict[str, float]] = lambda model, split: {}
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -240,13 +242,13 @@ def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, 
             parts = {"state": dataclasses.asdict(state), "best_weights": best_weights}
             checkpoints.save(folder, state.step, trainer.state_dict() | parts)
 
-    def evaluate(split: str) -> dict[str, float]:
+    def evaluate(split: str, function: Callable = task.evaluate) -> dict[str, float]:
         """On the first process, for all."""
         values = {}
         if rank == 0:
             raw.eval()
             with torch.inference_mode(), trainer.autocast():
-                values = {f"{split}_{key}": float(value) for key, value in task.evaluate(raw, split).items()}
+                values = {f"{split}_{key}": float(value) for key, value in function(raw, split).items()}
             raw.train()
         return _from_first(values, world)
 
@@ -309,13 +311,16 @@ def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, 
                 raise Paused(f"{text} at step {state.step} of {steps}", outcome)
             clock = time.perf_counter()
         save()
-        state.last |= evaluate("test")
+        values = evaluate("test")
+        state.last |= values | evaluate("test", task.evaluate_last)
         check(state.last)
-        weights = copy.deepcopy(raw.state_dict())
-        raw.load_state_dict(best_weights)
-        state.best |= evaluate("test")
+        if state.best["step"] != state.last["step"]:
+            weights = copy.deepcopy(raw.state_dict())
+            raw.load_state_dict(best_weights)
+            values = evaluate("test")
+            raw.load_state_dict(weights)
+        state.best |= values
         check(state.best)
-        raw.load_state_dict(weights)
         state.seconds = time.monotonic() - began
         log.finish(state.last, state.best)
     return state

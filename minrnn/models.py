@@ -291,107 +291,108 @@ class TokenModel(nn.Module):
 
 
 class DecisionModel(nn.Module):
-    """The next action from the return that is wanted and what was seen and done so far.
+    """The next action from returns-to-go, states and the actions before it.
 
-    Decision Transformer's embeddings and head (arXiv 2106.01345, section 3; github.com/kzl/decision-transformer, gym/
-    decision_transformer/models/decision_transformer.py) around any backbone: a Linear each for return, state and
-    action, plus a learned embedding of the time in the episode, then LayerNorm; a Linear and tanh for the action.
+    With 3 tokens a step Decision Transformer (arXiv 2106.01345, section 3; https://github.com/kzl/decision-transformer/
+    blob/e2d82e68f330c00f763507b3b01d774740bee53f/gym/decision_transformer/models/decision_transformer.py) around any
+    backbone: a Linear each for return-to-go, state and action, plus a learned embedding of the timestep, LayerNorm and
+    dropout; the action is read after the state by a Linear and tanh. Its heads for states and returns, which nothing
+    trains, are left out.
+
+    With 1 token Decision S4's input (arXiv 2306.05167, figure 1): tanh of a Linear each of state, action before and
+    return-to-go, beside one another, and a Linear of them all; it knows no timesteps.
 
     Args:
-        state_size, action_size: S and A.
+        state_dim, act_dim: S and A.
         dim, layers, mixer, settings: see `Backbone`.
-        steps: of an episode, at most; each has a time embedding.
-        tokens: of a step: 3, return, state and action one after another as published, the action being read after the
-            state; or 1, the sum of the embeddings of return, state and the action before.
+        max_ep_len: steps of an episode, each of which has an embedding.
+        tokens: of a step, 3 or 1.
         init: as for `TokenModel`.
-        time_std: the time embeddings start from N(0, time_std). The published code's start from N(0, 1) and drown the
-            state, which a Linear makes half as large, until that is unlearned: short training may not suffice.
+        timestep_std: the timestep embeddings start from N(0, timestep_std), in the published code from N(0, 1). That
+            drowns the state, which a Linear makes half as large, until it is unlearned: short training may not suffice.
     """
 
     def __init__(
         self,
-        state_size: int,
-        action_size: int,
+        state_dim: int,
+        act_dim: int,
         dim: int,
         layers: int,
         mixer: Callable[[int], Mixer],
-        steps: int = 1000,
+        max_ep_len: int = 1000,
         tokens: int = 3,
         init: str = "torch",
-        time_std: float = 0.02,
+        timestep_std: float = 1.0,
         **settings: Any,
     ):
         super().__init__()
         if tokens not in (1, 3):
             raise ValueError(f"tokens: expected 1 or 3, got {tokens}")
         one_of("init", init, ("torch", "dt"))
-        self.tokens = tokens
+        self.act_dim, self.tokens = act_dim, tokens
         self.embed_return = nn.Linear(1, dim)
-        self.embed_state = nn.Linear(state_size, dim)
-        self.embed_action = nn.Linear(action_size, dim)
-        self.embed_time = nn.Embedding(steps, dim)
-        self.norm = nn.LayerNorm(dim)
+        self.embed_state = nn.Linear(state_dim, dim)
+        self.embed_action = nn.Linear(act_dim, dim)
+        if tokens == 3:
+            self.embed_timestep = nn.Embedding(max_ep_len, dim)
+            self.embed_ln = nn.LayerNorm(dim)
+        else:
+            self.input_projection = nn.Linear(3 * dim, dim)
+        self.drop = nn.Dropout(settings.get("dropout", 0.0))
         self.backbone = Backbone(dim, layers, mixer, **settings)
-        self.head = nn.Linear(dim, action_size)
+        self.predict_action = nn.Sequential(nn.Linear(dim, act_dim), nn.Tanh())
         if init == "dt":
             init_as_decision_transformer(self)
-        with torch.no_grad():
-            self.embed_time.weight.mul_(time_std)  # from N(0, 1)
+        if tokens == 3:
+            nn.init.normal_(self.embed_timestep.weight, std=timestep_std)
 
-    def forward(self, returns: Tensor, states: Tensor, actions: Tensor, times: Tensor) -> Tensor:
+    def forward(self, returns_to_go: Tensor, states: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
         """Actions (B, K, A) for K steps in a row, each from those before it.
 
         Args:
-            returns: (B, K, 1), still wanted at each step.
+            returns_to_go: (B, K, 1).
             states: (B, K, S).
-            actions: (B, K, A), what was done; the one of the last step is not looked at.
-            times: (B, K) int64, of each step in its episode.
+            actions: (B, K, A); the last step's is not looked at.
+            timesteps: (B, K) int64, of each step in its episode.
         """
-        time = self.embed_time(times)
-        wanted, seen = self.embed_return(returns), self.embed_state(states)
         if self.tokens == 1:
-            before = F.pad(actions[:, :-1], (0, 0, 1, 0))
-            return self._act(self.backbone(self._norm(wanted + seen + self.embed_action(before) + time))[0])
-        parts = (wanted + time, seen + time, self.embed_action(actions) + time)
-        x = self.backbone(self._norm(torch.stack(parts, 2).flatten(1, 2)))[0]
-        return self._act(x[:, 1::3])
+            x = self._joined(returns_to_go, states, F.pad(actions[:, :-1], (0, 0, 1, 0)))
+            return self.predict_action(self.backbone(x)[0])
+        time = self.embed_timestep(timesteps)
+        parts = self.embed_return(returns_to_go) + time, self.embed_state(states) + time
+        x = torch.stack([*parts, self.embed_action(actions) + time], 2).flatten(1, 2)
+        return self.predict_action(self.backbone(self.drop(self.embed_ln(x)))[0][:, 1::3])
 
     def step(
-        self, wanted: Tensor, seen: Tensor, before: Tensor | None, time: int, state: State
+        self, returns_to_go: Tensor, states: Tensor, actions: Tensor | None, timestep: int, hidden: State
     ) -> tuple[Tensor, State]:
-        """The action (B, A) of one step, and the state after what was read.
+        """The actions (B, A) of one step, and the hidden state after what was read.
 
         Args:
-            wanted: (B, 1), the return.
-            seen: (B, S), the environment's state.
-            before: (B, A), what was done one step earlier; None at the first step read.
-            time: of this step, the same in all episodes.
-            state: of `initial_state` or the step before.
+            returns_to_go: (B, 1).
+            states: (B, S).
+            actions: (B, A), of the step before; None at the first step that is read.
+            timestep: of this step, the same in all episodes.
+            hidden: of `initial_state` or the step before.
         """
-        times = self.embed_time.weight
-        wanted, seen = self.embed_return(wanted), self.embed_state(seen)
         if self.tokens == 1:
-            done = self.embed_action(
-                torch.zeros_like(seen[:, : self.embed_action.in_features]) if before is None else before
-            )
-            x, state = self.backbone.step(self._norm(wanted + seen + done + times[time]), state)
-            return self._act(x), state
-        parts = [wanted + times[time], seen + times[time]]
-        if before is not None:
-            parts.insert(0, self.embed_action(before) + times[time - 1])
-        x, state = self.backbone(
-            self._norm(torch.stack(parts, 1)), state
-        )  # at once: three steps are three times the calls
-        return self._act(x[:, -1]), state
+            actions = states.new_zeros(len(states), self.act_dim) if actions is None else actions
+            x, hidden = self.backbone.step(self._joined(returns_to_go, states, actions), hidden)
+            return self.predict_action(x), hidden
+        time = self.embed_timestep.weight
+        parts = [self.embed_return(returns_to_go) + time[timestep], self.embed_state(states) + time[timestep]]
+        if actions is not None:
+            parts.insert(0, self.embed_action(actions) + time[timestep - 1])
+        x = self.drop(self.embed_ln(torch.stack(parts, 1)))
+        x, hidden = self.backbone(x, hidden)  # at once: three steps are three times the calls
+        return self.predict_action(x[:, -1]), hidden
 
     def initial_state(self, batch_size: int) -> State:
         return self.backbone.initial_state(batch_size)
 
-    def _norm(self, x: Tensor) -> Tensor:
-        return self.backbone.dropout(self.norm(x))
-
-    def _act(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.head(x))
+    def _joined(self, returns_to_go: Tensor, states: Tensor, actions: Tensor) -> Tensor:
+        parts = self.embed_state(states), self.embed_action(actions), self.embed_return(returns_to_go)
+        return self.drop(self.input_projection(torch.cat(parts, -1).tanh()))
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, decay: str = "all") -> list[dict]:

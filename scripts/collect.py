@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 from experiments import data, machine, records
-from experiments.decision.data import ENVIRONMENTS, EPISODE, KEYS, LEVELS, normalized, read
+from experiments.decision.data import ENVIRONMENTS, KEYS, LEVELS, MAX_EP_LEN, normalized, read
 from experiments.seeds import QUARTER, RUNS
 
 Episode = dict[str, np.ndarray]  # by KEYS, one row a step
@@ -165,21 +165,21 @@ class Recorder(gymnasium.Wrapper):
         self.log = log
 
     def reset(self, **options):
-        self.seen, _ = self.env.reset(**options)
+        self.observation, _ = self.env.reset(**options)
         self.rows = []
-        return self.seen, {}
+        return self.observation, {}
 
     def step(self, action):
-        after, reward, fell, late, _ = self.env.step(action)
-        self.rows.append((self.seen, action, reward, after))
-        self.seen = after
-        if fell or late:
+        next_observation, reward, terminated, truncated, _ = self.env.step(action)
+        self.rows.append((self.observation, action, reward, next_observation))
+        self.observation = next_observation
+        if terminated or truncated:
             names = ("observations", "actions", "rewards", "next_observations")
             columns = zip(names, zip(*self.rows, strict=True), strict=True)
             episode = {name: np.array(column, np.float32) for name, column in columns}
             last = np.arange(len(self.rows)) == len(self.rows) - 1
-            self.log.append(episode | {"terminals": last & fell, "timeouts": last & (not fell)})
-        return after, reward, fell, late, {}
+            self.log.append(episode | {"terminals": last & terminated, "timeouts": last & (not terminated)})
+        return next_observation, reward, terminated, truncated, {}
 
 
 def environment(env: str, log: list[Episode]) -> Recorder:
@@ -187,15 +187,15 @@ def environment(env: str, log: list[Episode]) -> Recorder:
         if "settotalmass" not in text:  # in gymnasium's HalfCheetah; MuJoCo 4 says so of each, and writes a file of it
             warnings.warn(text, stacklevel=2)
 
-    before = mujoco.get_mju_user_warning()
+    previous = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(warn)
     try:
         with warnings.catch_warnings():
             # D4RL's scores belong to the environments before v5.
             warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
-            made = gymnasium.make(ENVIRONMENTS[env].id, max_episode_steps=EPISODE, disable_env_checker=True)
+            made = gymnasium.make(ENVIRONMENTS[env].id, max_episode_steps=MAX_EP_LEN, disable_env_checker=True)
     finally:
-        mujoco.set_mju_user_warning(before)
+        mujoco.set_mju_user_warning(previous)
     return Recorder(made, log)
 
 
@@ -204,12 +204,13 @@ def play(env: str, act: Act, count: int, rng: np.random.Generator) -> list[Episo
     logs = [[] for _ in range(count)]
     envs = [environment(env, log) for log in logs]
     # Below QUARTER, and so none that a policy is evaluated with.
-    seen = [env.reset(seed=int(seed))[0] for env, seed in zip(envs, rng.integers(QUARTER, size=count), strict=True)]
+    seeds = rng.integers(QUARTER, size=count)
+    observations = [env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds, strict=True)]
     while envs:
-        steps = [env.step(action) for env, action in zip(envs, act(np.stack(seen), rng), strict=True)]
-        on = [not (step[2] or step[3]) for step in steps]
+        steps = [env.step(action) for env, action in zip(envs, act(np.stack(observations), rng), strict=True)]
+        on = [not (terminated or truncated) for _, _, terminated, truncated, _ in steps]
         envs = [env for env, goes in zip(envs, on, strict=True) if goes]
-        seen = [step[0] for step, goes in zip(steps, on, strict=True) if goes]
+        observations = [step[0] for step, goes in zip(steps, on, strict=True) if goes]
     return [log[0] for log in logs]
 
 
@@ -457,11 +458,11 @@ def collect(settings: "Settings") -> None:
         if not (folder / "training.json").exists():
             print(f"{env}, seed {seed}: {recipe.learner}, {recipe.steps:,} steps of training", flush=True)
         training = trained(env, seed, folder)
-        for level, wanted in (("medium", recipe.medium), ("expert", EXPERT)):
+        for level, target in (("medium", recipe.medium), ("expert", EXPERT)):
             score = training.facts[level]["score"]["mean"]
             print(f"{env}, seed {seed}: the {level} policy's score is {score:.1f}", end="")
-            short = wanted - score if level == "expert" else abs(wanted - score) - NEAR
-            print(f"; wanted {wanted:g}" if short > 0 else "", flush=True)
+            short = target - score if level == "expert" else abs(target - score) - NEAR
+            print(f"; expected {target:g}" if short > 0 else "", flush=True)
 
     @cache
     def played(which: str) -> list[Episode]:
@@ -489,7 +490,7 @@ PARTS = {"random": ("random",), "medium": ("medium",), "medium-expert": ("medium
 
 def uniform(env: str) -> Act:
     actions = ENVIRONMENTS[env].sizes[1]
-    return lambda seen, rng: rng.uniform(-1, 1, (len(seen), actions)).astype(np.float32)
+    return lambda observations, rng: rng.uniform(-1, 1, (len(observations), actions)).astype(np.float32)
 
 
 def describe(settings: "Settings", level: str, episodes: list[Episode], training: Training | None) -> dict[str, Any]:

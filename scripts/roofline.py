@@ -81,7 +81,7 @@ def _tokens(config: dict[str, Any]) -> int:
     lengths = {
         "selective_copy": lambda: data["length"] + data["tokens"],
         "charlm": lambda: data["block"],
-        "decision": lambda: data["context"] * data["tokens"],
+        "decision": lambda: data["context_length"] * data["tokens"],
     }
     return batch * lengths[config["experiment"]]()
 
@@ -119,7 +119,7 @@ def language_work(cfg: CharLM) -> Work:
 
 def decision_work(cfg: Decision) -> Work:
     states, actions = _sizes(cfg)
-    shape = (cfg.train.batch_size // cfg.micro_batches, cfg.data.context)
+    shape = (cfg.train.batch_size // cfg.micro_batches, cfg.data.context_length)
     # The mask takes all: what a boolean one takes has no size before it is computed.
     part = (torch.zeros(*shape, 1), torch.zeros(*shape, states), torch.zeros(*shape, actions), _ids(*shape), ...)
     return decision.model(cfg, states, actions), decision.loss, part, []

@@ -47,14 +47,14 @@ def first_episode(rows):
     return {key: rows[key][:end] for key in rows}
 
 
-def relived(env, seed, episode):
+def replayed(env, seed, episode):
     """What an environment does that begins with a seed and is given an episode's actions."""
     environment = gymnasium.make(data.ENVIRONMENTS[env].id)
-    seen, rows = environment.reset(seed=seed)[0], []
+    observation, rows = environment.reset(seed=seed)[0], []
     for action in episode["actions"]:
-        after, reward, fell, late, _ = environment.step(action)
-        rows.append((seen, action, reward, fell, late and not fell, after))
-        seen = after
+        next_observation, reward, terminated, truncated, _ = environment.step(action)
+        rows.append((observation, action, reward, terminated, truncated and not terminated, next_observation))
+        observation = next_observation
     return {
         key: np.array(column, episode[key].dtype)
         for key, column in zip(data.KEYS, zip(*rows, strict=True), strict=True)
@@ -85,7 +85,7 @@ def test_random_from_the_command_line(tmp_path):
     assert np.abs(rows["actions"]).max() <= 1 and np.abs(rows["actions"].std(0) - 3**-0.5).max() < 0.02
     episode = first_episode(rows)
     seed = int(collect.generator(3, "random").integers(QUARTER, size=collect.BATCH)[0])
-    assert_same(episode, relived("hopper", seed, episode))
+    assert_same(episode, replayed("hopper", seed, episode))
 
     facts = dataset.metadata
     assert facts["source"].startswith("local") and facts["environment"] == "Hopper-v4" and facts["seed"] == 3
@@ -160,14 +160,14 @@ def test_what_experiments_cannot_read_gets_no_name(tmp_path):
 # -- episodes
 
 
-def test_a_time_limit_is_no_fall():
+def test_a_truncated_episode_is_not_terminated():
     episodes = collect.play("halfcheetah", collect.uniform("halfcheetah"), 2, np.random.default_rng(0))
     for episode in episodes:
         assert len(episode["rewards"]) == 1000 and not episode["terminals"].any()
         assert episode["timeouts"].tolist() == [False] * 999 + [True]
     seeds = np.random.default_rng(0).integers(QUARTER, size=2)
     for seed, episode in zip(seeds, episodes, strict=True):
-        assert_same(episode, relived("halfcheetah", int(seed), episode))
+        assert_same(episode, replayed("halfcheetah", int(seed), episode))
 
 
 def in_jaxs_layout(model):
@@ -183,11 +183,12 @@ def test_a_policy_is_sbxs():
     sbx = pytest.importorskip("sbx", reason="sbx-rl is not installed")
     model = sbx.TQC("MlpPolicy", "Hopper-v4", seed=0, learning_starts=20, policy_kwargs={"net_arch": [32, 16]})
     model.learn(40)
-    policy, seen = collect.Policy.of(model), np.random.default_rng(0).normal(0, 3, (50, 11)).astype(np.float32)
-    np.testing.assert_allclose(policy(seen, None), model.predict(seen, deterministic=True)[0], atol=1e-5)
-    law = model.policy.actor.apply(model.policy.actor_state.params, seen[:1]).distribution
+    policy, observations = collect.Policy.of(model), np.random.default_rng(0).normal(0, 3, (50, 11)).astype(np.float32)
+    expected = model.predict(observations, deterministic=True)[0]
+    np.testing.assert_allclose(policy(observations, None), expected, atol=1e-5)
+    law = model.policy.actor.apply(model.policy.actor_state.params, observations[:1]).distribution
     a = policy.arrays
-    hidden = np.maximum(np.maximum(seen[:1] @ a["weight0"].T + a["bias0"], 0) @ a["weight1"].T + a["bias1"], 0)
+    hidden = np.maximum(np.maximum(observations[:1] @ a["weight0"].T + a["bias0"], 0) @ a["weight1"].T + a["bias1"], 0)
     log_std = np.minimum(hidden @ a["weight_std"].T + a["bias_std"], 2)
     np.testing.assert_allclose(np.exp(log_std), law.stddev(), rtol=1e-4)
 
@@ -207,14 +208,14 @@ def test_a_policy_is_its_learners(learner):
     model = getattr(stable_baselines3, learner)("MlpPolicy", envs, seed=0, device="cpu", **settings[learner])
     model.learn(128)
     policy = collect.Policy.of(model if learner == "PPO" else in_jaxs_layout(model))
-    seen = np.random.default_rng(0).normal(0, 3, (50, 11))
-    given = envs.normalize_obs(seen) if learner == "PPO" else seen
+    observations = np.random.default_rng(0).normal(0, 3, (50, 11))
+    given = envs.normalize_obs(observations) if learner == "PPO" else observations
     expected = model.predict(given, deterministic=True)[0]
-    np.testing.assert_allclose(policy(seen, None), expected, atol=1e-5)
+    np.testing.assert_allclose(policy(observations, None), expected, atol=1e-5)
     assert np.std(expected, 0).min() > 0.02  # it does look at what is observed
 
     rng, one = np.random.default_rng(0), torch.as_tensor(given[:1], dtype=torch.float32)
-    actions = policy(np.repeat(seen[:1], 20_000, 0), rng)
+    actions = policy(np.repeat(observations[:1], 20_000, 0), rng)
     with torch.no_grad():
         if learner == "PPO":
             law = model.policy.get_distribution(one).distribution
@@ -293,7 +294,7 @@ def test_one_training_gives_three_levels(small, tmp_path, monkeypatch):
     for level in data.LEVELS:
         assert sets[level].starts[-1] == len(rows[level]["rewards"])
         assert f"{paths[level]}: {len(rows[level]['rewards']):,} rows" in said
-    assert "the medium policy's score is" in said and "; wanted 44.3" in said  # so short a training is not enough
+    assert "the medium policy's score is" in said and "; expected 44.3" in said  # so short a training is not enough
 
     # medium-expert: medium's rows, then as many of the other policy
     count = len(rows["medium"]["rewards"])
@@ -302,8 +303,8 @@ def test_one_training_gives_three_levels(small, tmp_path, monkeypatch):
 
     # medium-replay: what the first environment really did, given the learner's actions; neither is normalised
     episodes = collect._split(rows["medium-replay"])
-    lived = [relived("hopper", 0, episode) for episode in episodes]
-    assert any(all(np.array_equal(a[key], b[key]) for key in data.KEYS) for a, b in zip(episodes, lived, strict=True))
+    replays = [replayed("hopper", 0, episode) for episode in episodes]
+    assert any(all(np.array_equal(a[key], b[key]) for key in data.KEYS) for a, b in zip(episodes, replays, strict=True))
     facts = sets["medium-replay"].metadata
     assert facts["learner"] == "stable-baselines3 PPO" and facts["training_steps"] == 2048
     assert len(rows["medium-replay"]["rewards"]) <= facts["policies"]["medium"]["step"] <= 2048

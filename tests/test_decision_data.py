@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import warnings
 
 import gymnasium
 import h5py
@@ -50,8 +51,8 @@ def split(arrays):
     episodes, rows = [], []
     for i in range(len(arrays["rewards"])):
         rows.append(i)
-        late = arrays["timeouts"][i] if "timeouts" in arrays else len(rows) == 1000
-        if arrays["terminals"][i] or late:
+        timeout = arrays["timeouts"][i] if "timeouts" in arrays else len(rows) == 1000
+        if arrays["terminals"][i] or timeout:
             episodes.append(rows)
             rows = []
     return episodes
@@ -82,7 +83,7 @@ def test_episodes_end_where_the_file_says(tmp_path, env, lengths, tail):
     np.testing.assert_allclose(found.std, kept.std(0) + 1e-6, rtol=1e-6)
     assert found.mean.dtype == found.std.dtype == np.float32
     assert (found.name, found.env) == (f"d4rl/{env}-medium-replay", env)
-    assert found.sha256 == files.hashlib.sha256(path.read_bytes()).hexdigest() and found.metadata == {}
+    assert found.metadata == {}
 
 
 def test_without_timeouts_an_episode_also_ends_at_its_1000th_step(tmp_path):
@@ -157,8 +158,6 @@ def replaced(key, function):
         (put("terminals", slice(3, 5), np.nan), r"terminals: expected 0 or 1, got nan in row 3 \(2 such rows\)"),
         (lambda a: a.update(terminals=~np.ones(10, bool), timeouts=~np.ones(10, bool)), "none of the 10 rows ends one"),
         (lambda a: a.update({key: value[:0] for key, value in a.items()}), "none of the 0 rows ends one"),
-        (put("next_observations", [0, 5, 6], 0), "next_observations: .* 3 of 6 rows differ, the first is row 0"),
-        (replaced("next_observations", lambda x: np.roll(x, 1, 0)), "next_observations: .* 6 of 6 rows differ"),
     ),
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name(tmp_path, change, words):
@@ -169,20 +168,66 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, change, words):
         data.read(path, NAME)
 
 
-def test_an_episode_whose_end_is_not_marked_is_refused(tmp_path):
-    path = save(tmp_path / "a.hdf5", steps((4, 1001, 3)))
-    with pytest.raises(DataError, match="episodes of 1000 steps at most, got 1001 from row 4 on"):
-        data.read(path, NAME)
+@pytest.mark.parametrize(
+    "change, words",
+    (
+        (put("next_observations", [0, 5, 6], 0), "3 of 6 rows differ, the first is row 0"),
+        (replaced("next_observations", lambda x: np.roll(x, 1, 0)), "6 of 6 rows differ, the first is row 0"),
+    ),
+)
+def test_next_observations_that_disagree_are_pointed_out(tmp_path, change, words):
+    arrays = steps((4, 4), tail=2)
+    expected = data.read(save(tmp_path / "a.hdf5", arrays), NAME)
+    change(arrays)
+    path = save(tmp_path / "b.hdf5", arrays)
+    with pytest.warns(UserWarning, match=f"^{path}: next_observations: .* {words}"):
+        assert data.read(path, NAME).sha256 == expected.sha256
+
+
+def test_a_long_episode_is_pointed_out_and_kept(tmp_path):
+    """Its timesteps stop at 999, as those of Decision Transformer's get_batch do."""
+    path = save(tmp_path / "a.hdf5", steps((4, 1003, 3, 1001)))
+    with pytest.warns(UserWarning, match=f"^{path}: .* 2 are longer, the first has 1003 from row 4"):
+        found = data.read(path, NAME)
+    assert np.diff(found.starts).tolist() == [4, 1003, 3, 1001]
+    timesteps = data.Windows(found, 5, "cpu").timesteps.tolist()
+    assert timesteps == [*range(4), *range(1000), 999, 999, 999, *range(3), *range(1000), 999]
 
 
 def test_next_observations_may_be_rounded_and_end_elsewhere(tmp_path):
     arrays = steps((40, 1, 40), tail=5)
     after = arrays["next_observations"].astype(np.float64)
     arrays["next_observations"] = after * (1 + np.random.default_rng(0).uniform(-5e-8, 5e-8, after.shape))
-    data.read(save(tmp_path / "a.hdf5", arrays), NAME)
-    arrays["next_observations"][0, 3] = after[0, 3] * (1 + 1e-6)
-    with pytest.raises(DataError, match="1 of 78 rows differ, the first is row 0"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         data.read(save(tmp_path / "a.hdf5", arrays), NAME)
+    arrays["next_observations"][0, 3] = after[0, 3] * (1 + 1e-6)
+    with pytest.warns(UserWarning, match="1 of 78 rows differ, the first is row 0"):
+        data.read(save(tmp_path / "a.hdf5", arrays), NAME)
+
+
+def test_the_checksum_is_the_arrays(tmp_path):
+    """Whatever else a file holds and however it holds them; any bit of any of them changes it."""
+    arrays = steps((3, 4), tail=1)
+    first = data.dataset_checksum(save(tmp_path / "a.hdf5", arrays, {"seconds": 3.5}), NAME)
+    assert len(first) == 64 and first == data.read(tmp_path / "a.hdf5", NAME).sha256
+    other = arrays | {"rewards": arrays["rewards"][:, None].astype(np.float64)}
+    del other["next_observations"]
+    path = save(tmp_path / "b.hdf5", other, {"seconds": 4.5, "started": "today"})
+    assert path.read_bytes() != (tmp_path / "a.hdf5").read_bytes() and data.dataset_checksum(path, NAME) == first
+    found = [first]
+    for key, row in (("observations", 6), ("actions", 2), ("rewards", 0), ("terminals", 6), ("timeouts", 4)):
+        changed = {name: value.copy() for name, value in other.items()}
+        changed[key][row] = ~changed[key][row] if key in ("terminals", "timeouts") else np.nextafter(
+            changed[key][row].astype(np.float32), np.float32(9)
+        )  # fmt: skip
+        found.append(data.dataset_checksum(save(tmp_path / "c.hdf5", changed), NAME))
+    assert len({*found}) == 6
+    a = np.arange(6, dtype=np.int64)
+    different = [(a,), (a.reshape(2, 3),), (a.astype(np.int32),), (a, a), (a[:3], a[3:]), (a[3:], a[:3])]
+    assert len({data.checksum(*each) for each in different}) == 6
+    assert data.checksum(a.reshape(2, 3).T) == data.checksum(a.reshape(2, 3).T.copy())
+    assert data.checksum(a.astype(">i8")) == data.checksum(a)
 
 
 def test_what_is_no_whole_hdf5_file_is_refused(tmp_path):
@@ -237,7 +282,6 @@ def test_minaris_episodes_are_read_in_the_order_of_their_numbers(tmp_path, env):
         assert np.array_equal(found.rewards[rows], episode["rewards"].astype(np.float32))
         assert found.terminals[rows].tolist() == [i % 2 == 0 and t == lengths[i] - 1 for t in range(lengths[i])]
     assert found.observations.dtype == found.rewards.dtype == np.float32 and found.terminals.dtype == bool
-    assert found.sha256 == files.hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def other(name, value, inner=""):
@@ -292,8 +336,8 @@ def test_minaris_lengths_are_checked_and_its_files_are_not_others(tmp_path):
     ):
         data.read(path, "minari/hopper-expert")
     minari(path, (4, 1001, 3))
-    with pytest.raises(DataError, match="episodes of 1000 steps at most, got 1001 from row 4 on"):
-        data.read(path, "minari/hopper-expert")
+    with pytest.warns(UserWarning, match="episodes of 1000 steps at most, 1 are longer, the first has 1001 from row 4"):
+        assert data.read(path, "minari/hopper-expert").episodes == 3
     with pytest.raises(DataError, match="expected observations, actions, .* there is no observations, "):
         data.read(path, NAME)
     with pytest.raises(DataError, match="expected Minari's groups .* no episode_0 among 6, .'actions', 'next_obs"):
@@ -318,7 +362,7 @@ def test_environments_are_of_the_sizes_said():
     for environment in data.ENVIRONMENTS.values():
         env = gymnasium.make(environment.id)
         assert environment.sizes == (env.observation_space.shape[0], env.action_space.shape[0])
-        assert env.spec.max_episode_steps == data.EPISODE
+        assert env.spec.max_episode_steps == data.MAX_EP_LEN
         env.close()
 
 
@@ -389,23 +433,24 @@ def test_d4rl_files_are_fetched_and_a_change_is_noticed(tmp_path, monkeypatch):
     path = data.find(name, progress=False)
     assert path == tmp_path / "data/d4rl/hopper_medium_replay-v2.hdf5"
     found = data.read(path, name)
-    assert found.episodes == 2 and found.sha256 in path.with_name(f"{path.name}.sha256").read_text()
+    checksum = files.sha256(path)
+    assert found.episodes == 2 and checksum in path.with_name(f"{path.name}.sha256").read_text()
     source.unlink()
     assert data.find(name) == path
     save(path, steps((3, 5)))
-    with pytest.raises(DataError, match=f"{path}: expected sha256 {found.sha256} as .* says, got .*; remove both"):
+    with pytest.raises(DataError, match=f"{path}: expected sha256 {checksum} as .* says, got .*; remove both"):
         data.find(name)
 
 
-def expected(dataset, row, context):
+def expected(dataset, row, context_length):
     """A window by a plain loop, in float64, and how much of it is real."""
     episode = next(e for e in range(dataset.episodes) if row < dataset.starts[e + 1])
     first, end = dataset.starts[episode], dataset.starts[episode + 1]
     mean, std = dataset.mean.astype(np.float64), dataset.std.astype(np.float64)
     window = []
-    for i in range(row, min(row + context, end)):
-        to_go = math.fsum(dataset.rewards[j] for j in range(i, end)) / 1000
-        window.append(([to_go], (dataset.observations[i] - mean) / std, dataset.actions[i], i - first, True))
+    for i in range(row, min(row + context_length, end)):
+        return_to_go = math.fsum(dataset.rewards[j] for j in range(i, end)) / 1000
+        window.append(([return_to_go], (dataset.observations[i] - mean) / std, dataset.actions[i], i - first, True))
     return window, len(window)
 
 
@@ -414,8 +459,8 @@ def check(batch, windows):
     dtypes = (torch.float32,) * 3 + (torch.int64, torch.bool)
     for i, (found, shape, dtype) in enumerate(zip(batch, shapes, dtypes, strict=True)):
         assert found.shape == shape and found.dtype == dtype
-        wanted = torch.stack([torch.tensor(np.array([step[i] for step in window])) for window in windows])
-        torch.testing.assert_close(found, wanted.to(dtype), rtol=2e-6, atol=2e-6)
+        values = torch.stack([torch.tensor(np.array([step[i] for step in window])) for window in windows])
+        torch.testing.assert_close(found, values.to(dtype), rtol=2e-6, atol=2e-6)
 
 
 def rows_of(dataset, batch):
@@ -424,31 +469,31 @@ def rows_of(dataset, batch):
     return [np.abs(states - first).sum(1).argmin() for first in batch[1][:, 0].numpy()]
 
 
-@pytest.mark.parametrize("context", (1, 4, 20))
-def test_windows_are_a_plain_loops(dataset, context):
-    windows = data.Windows(dataset, context, "cpu")
+@pytest.mark.parametrize("context_length", (1, 4, 20))
+def test_windows_are_a_plain_loops(dataset, context_length):
+    windows = data.Windows(dataset, context_length, "cpu")
     batch = windows.batch(100, seed=5)
     nothing = ([0], np.zeros(11), np.zeros(3), 0, False)
     rows = rows_of(dataset, batch)
     assert {*rows} == {*range(20)}
-    wanted = []
+    padded = []
     for row in rows:
-        window, real = expected(dataset, row, context)
-        wanted.append(window + [nothing] * (context - real))
-    check(batch, wanted)
-    assert context == 1 or not batch[4].all()
+        window, real = expected(dataset, row, context_length)
+        padded.append(window + [nothing] * (context_length - real))
+    check(batch, padded)
+    assert context_length == 1 or not batch[4].all()
 
 
-@pytest.mark.parametrize("context", (1, 4, 20))
-def test_padding_on_the_left_is_the_published_one(dataset, context):
-    windows = data.Windows(dataset, context, "cpu")
+@pytest.mark.parametrize("context_length", (1, 4, 20))
+def test_padding_on_the_left_is_the_published_one(dataset, context_length):
+    windows = data.Windows(dataset, context_length, "cpu")
     batch = windows.batch(100, seed=5)
     nothing = ([0], -dataset.mean.astype(np.float64) / dataset.std, np.full(3, -10), 0, False)
-    wanted = []
+    padded = []
     for row in rows_of(dataset, batch):
-        window, real = expected(dataset, row, context)
-        wanted.append([nothing] * (context - real) + window)
-    check(windows.left_padded(batch), wanted)
+        window, real = expected(dataset, row, context_length)
+        padded.append([nothing] * (context_length - real) + window)
+    check(windows.left_padded(batch), padded)
 
 
 def test_every_row_is_as_likely_to_begin_a_window(dataset):
@@ -474,5 +519,5 @@ def test_a_constant_observation_stays_finite(tmp_path):
     del arrays["next_observations"]
     windows = data.Windows(data.read(save(tmp_path / "a.hdf5", arrays), NAME), 4, "cpu")
     assert all(x.isfinite().all() for x in windows.left_padded(windows.batch(50, 0))[:4])
-    with pytest.raises(ValueError, match="data.context: expected 1 at least, got 0"):
+    with pytest.raises(ValueError, match="data.context_length: expected 1 at least, got 0"):
         data.Windows(data.read(tmp_path / "a.hdf5", NAME), 0, "cpu")

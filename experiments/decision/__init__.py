@@ -1,15 +1,28 @@
 """Decision RNNs: offline reinforcement learning as a sequence model. `python -m experiments.decision model=mingru`
 
-Decision Transformer's protocol (arXiv 2106.01345; github.com/kzl/decision-transformer, gym/experiment.py) around any
-mixer: from the return that is still wanted, the state, and the steps before, the model is to say what was done. With
-a context of 2 and three tokens a step, a window of an episode is
+Decision Transformer's protocol (arXiv 2106.01345; https://github.com/kzl/decision-transformer/blob/
+e2d82e68f330c00f763507b3b01d774740bee53f/gym/experiment.py) around any mixer: from the return-to-go, the state, and the
+steps before, the model is to say which action was taken. With a context length of 2 and three tokens a step, a window
+of an episode is
 
     input     R1 s1 a1 R2 s2 a2
     target       a1       a2
 
-and the loss the mean square over the actions. `val_score` and `test_score` are the mean score of whole episodes in the
-environment, asked for the environment's target, in percent of an expert (D4RL's normalisation); val's and test's begin
-from different seeds. At the end test also asks for TARGETS: `test_score_at_40` is what was got where 40 was asked for.
+and the loss the mean square over the actions.
+
+A score is the mean return of whole episodes in the environment, `eval.episodes` of them, in percent of an expert's
+(D4RL's normalisation). val's and test's episodes begin from different seeds, those of different targets and ways to
+look back from the same ones.
+
+    val_score, test_score           asked for the first of Decision Transformer's targets, looking back as
+                                    eval.context_length says
+    test_score_carried              the same with the state carried through the episode (of what has a recurrent form)
+    test_score_window               the same with the last steps read anew at each step, data.context_length of them
+                                    where eval.context_length is null, padded on the left where data.padding is left
+    test_score_at_return_<target>   asked for the second of Decision Transformer's targets
+    test_score_at_<score>           asked for TARGETS, a fifth as many episodes of each
+
+the last two of the last weights alone.
 
 Others report the last evaluation in training, or the best: the best is chosen by the episodes that it is reported by,
 which is worth 3.65 points on average over D4RL's nine sets for one and the same runs (CORL's README). Here the last is
@@ -17,6 +30,7 @@ which is worth 3.65 points on average over D4RL's nine sets for one and the same
 choose them, give `best.test_score`.
 """
 
+import math
 from functools import partial
 
 import numpy as np
@@ -32,52 +46,73 @@ from ..seeds import eval_seed, train_seed
 from . import data
 from .episodes import rollout
 
-TARGETS = (20, 40, 60, 80, 100)  # scores
+TARGETS = (20, 60, 100)  # scores
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     """Mean square over the real steps of a batch of windows."""
-    wanted, states, actions, times, mask = batch
-    return (model(wanted, states, actions, times) - actions)[mask].square().mean()
+    returns_to_go, states, actions, timesteps, mask = batch
+    return (model(returns_to_go, states, actions, timesteps) - actions)[mask].square().mean()
 
 
 def evaluate(cfg: Decision, dataset: data.Dataset, model: DecisionModel, split: str) -> dict[str, float]:
+    """Asked for the first target; in test with the state carried and without."""
+    lookback = {"window": cfg.eval.context_length or cfg.data.context_length}
+    if recurrent(cfg):
+        lookback["carried"] = None
+    main = "window" if cfg.eval.context_length else "carried"
+    modes = lookback if split == "test" else (main,)
+    targets = data.ENVIRONMENTS[dataset.env].targets[:1]
+    found = {mode: play(cfg, dataset, model, split, targets, lookback[mode]) for mode in modes}
+    scores = {f"score_{mode}": data.normalized(dataset.env, returns.mean()) for mode, (returns, _) in found.items()}
+    returns, lengths = found[main]
+    rest = scores if split == "test" else {}
+    return {"score": scores[f"score_{main}"]} | rest | {"return": returns.mean(), "length": lengths.mean()}
+
+
+def evaluate_last(cfg: Decision, dataset: data.Dataset, model: DecisionModel, split: str) -> dict[str, float]:
+    """Asked for the second target, and for TARGETS."""
     environment = data.ENVIRONMENTS[dataset.env]
     low, high = environment.reference
-    wanted = {"": environment.targets[0]}
-    if split == "test":
-        wanted |= {f"_at_{score}": low + score / 100 * (high - low) for score in TARGETS}
-    episodes = cfg.eval.batch_size
-    mean, std = (torch.as_tensor(x, device=model.head.weight.device) for x in (dataset.mean, dataset.std))
-    found = []
-    for i in range(cfg.eval.batches):
-        found.append(
-            rollout(
-                model, environment.id, mean, std, np.repeat([*wanted.values()], episodes),
-                eval_seed(split, i * len(wanted) * episodes), cfg.eval.context, cfg.data.padding == "left",
-            )
-        )  # fmt: skip
-    returns, lengths = (np.concatenate([pair[j].reshape(len(wanted), -1) for pair in found], 1) for j in (0, 1))
-    means = [r.mean().item() for r in returns]
-    scores = {f"score{name}": data.normalized(dataset.env, m) for name, m in zip(wanted, means, strict=True)}
-    return scores | {"return": returns[0].mean().item(), "length": lengths[0].mean().item()}
+    second = environment.targets[1]
+    targets = [low + score / 100 * (high - low) for score in TARGETS]
+    found = {f"at_return_{second:.0f}": play(cfg, dataset, model, split, [second], cfg.eval.context_length)[0]}
+    returns, _ = play(cfg, dataset, model, split, targets, cfg.eval.context_length, math.ceil(cfg.eval.episodes / 5))
+    found |= {f"at_{score}": row for score, row in zip(TARGETS, returns, strict=True)}
+    return {f"score_{name}": data.normalized(dataset.env, row.mean()) for name, row in found.items()}
 
 
-def model(cfg: Decision, state_size: int, action_size: int) -> DecisionModel:
+def play(cfg, dataset, model, split, targets, context_length, n=None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns and lengths, (targets, n) each; n is eval.episodes where it is not given."""
+    device = next(model.parameters()).device
+    mean, std = (torch.as_tensor(x, device=device) for x in (dataset.mean, dataset.std))
+    n = n or cfg.eval.episodes
+    found = rollout(
+        model, data.ENVIRONMENTS[dataset.env].id, mean, std, np.repeat([*targets], n),
+        np.tile(eval_seed(split, 0) + np.arange(n), len(targets)), context_length, cfg.data.padding == "left",
+    )  # fmt: skip
+    return tuple(x.reshape(len(targets), n) for x in found)
+
+
+def recurrent(cfg: Decision) -> bool:
+    """Whether there is a state of fixed size. Attention's grows, and it was trained on no more than a window."""
+    return cfg.model.name != "attention" and getattr(cfg.model, "inner", None) != "hyena"
+
+
+def model(cfg: Decision, state_dim: int, act_dim: int) -> DecisionModel:
     return DecisionModel(
-        state_size, action_size, mixer=make(**cfg.model.mixer(cfg.data.context * cfg.data.tokens)),
-        steps=data.EPISODE, tokens=cfg.data.tokens, time_std=cfg.data.time_std, **cfg.model.decision(),
+        state_dim, act_dim, mixer=make(**cfg.model.mixer(cfg.data.context_length * cfg.data.tokens)),
+        max_ep_len=data.MAX_EP_LEN, tokens=cfg.data.tokens, timestep_std=cfg.data.timestep_std, **cfg.model.decision(),
     )  # fmt: skip
 
 
 def task(cfg: Decision, device: torch.device) -> engine.Task:
-    if cfg.model.name == "attention" and (cfg.data.padding == "left" or cfg.eval.context is None):
-        raise ValueError(
-            "data.padding, eval.context: attention here has no mask and was trained on data.context steps; "
-            "expected right padding and a context"
-        )
+    if cfg.model.name == "attention" and cfg.data.padding == "left":
+        raise ValueError("data.padding: expected right for attention, which has no mask here")
+    if cfg.eval.context_length is None and not recurrent(cfg):
+        raise ValueError(f"eval.context_length: expected a number of steps, {cfg.model.label} has no recurrent form")
     dataset = data.read(data.find(cfg.data.dataset, cfg.progress), cfg.data.dataset)
-    windows = data.Windows(dataset, cfg.data.context, device)
+    windows = data.Windows(dataset, cfg.data.context_length, device)
 
     def batch(step: int) -> tuple[Tensor, ...]:
         found = windows.batch(cfg.train.batch_size, train_seed(cfg.seed, step))
@@ -88,9 +123,14 @@ def task(cfg: Decision, device: torch.device) -> engine.Task:
         batch=batch,
         loss=loss,
         evaluate=partial(evaluate, cfg, dataset),
-        tokens=cfg.train.batch_size * cfg.data.context * cfg.data.tokens,
+        evaluate_last=partial(evaluate_last, cfg, dataset),
+        tokens=cfg.train.batch_size * cfg.data.context_length * cfg.data.tokens,
         select="score",
-        facts={"dataset_sha256": dataset.sha256, "dataset": dataset.metadata},
+        facts={
+            "dataset_sha256": dataset.sha256,
+            "dataset": dataset.metadata,
+            "target_returns": [*data.ENVIRONMENTS[dataset.env].targets],
+        },
     )
 
 

@@ -2,7 +2,7 @@
 
 A file holds the steps of many episodes one after another: `observations` (N, S), `actions` (N, A), `rewards` (N,),
 `terminals` (N,), and if need be `timeouts` (N,), `next_observations` (N, S) and a group `metadata`. With the ends
-marked so, and a context of 3,
+marked so, and a context length of 3,
 
     row          0  1  2  3  4  5  6
     reward       1  2  4  1  1  3  9
@@ -12,10 +12,10 @@ marked so, and a context of 3,
 there are two episodes, rows 0 to 2 and 3 to 5 (row 6 belongs to none that is whole), and the window that begins at
 row 4 is
 
-    row          4     5     padding
-    to go        0.004 0.003 0          the undiscounted return from here, over SCALE
-    time         1     2     0
-    mask         true  true  false
+    row            4     5     padding
+    return-to-go   0.004 0.003 0          the undiscounted return from here, over SCALE
+    timestep       1     2     0
+    mask           true  true  false
 
 which is Decision Transformer's rule (https://github.com/kzl/decision-transformer, commit e2d82e6,
 gym/data/download_d4rl_datasets.py and gym/experiment.py), but for the side of the padding: see Windows.
@@ -28,7 +28,9 @@ they fall, and Walker2d's right foot has more friction (1.9, not 0.9), so that i
 """
 
 import difflib
+import hashlib
 import math
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,9 +48,9 @@ from ..data import DataError
 @dataclass(frozen=True)
 class Environment:
     id: str  # gymnasium's
-    sizes: tuple[int, int]  # of an observation and of an action
+    sizes: tuple[int, int]  # state_dim and act_dim
     reference: tuple[float, float]  # D4RL's REF_MIN_SCORE and REF_MAX_SCORE: returns of a random policy and an expert
-    targets: tuple[float, float]  # the returns that Decision Transformer asks for
+    targets: tuple[float, float]  # Decision Transformer's env_targets: the returns it is evaluated with
 
 
 # reference: https://github.com/Farama-Foundation/D4RL/blob/89141a689b0353b0dac3da5cba60da4b1b16254d/d4rl/infos.py
@@ -63,7 +65,7 @@ LEVELS = ("medium", "medium-replay", "medium-expert")
 SOURCES = {"local": (*LEVELS, "random"), "d4rl": LEVELS, "minari": ("simple", "medium", "expert")}
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")  # the first four must be
 MINARI = dict(zip(KEYS, ("observations", "actions", "rewards", "terminations", "truncations"), strict=False))
-EPISODE = 1000  # steps at most
+MAX_EP_LEN = 1000  # steps of an episode
 SCALE = 1000.0  # of returns
 ROUNDING = 2.0**-23  # of float32, relative
 
@@ -101,7 +103,6 @@ class Dataset:
         rewards: (N,) float32.
         terminals: (N,) bool, true where an episode ended by itself, not by its length.
         starts: (E + 1,) int64; episode e is the rows starts[e] to starts[e + 1].
-        sha256: of the file.
         metadata: what the file's group `metadata` says, in JSON's types.
     """
 
@@ -112,12 +113,16 @@ class Dataset:
     rewards: np.ndarray
     terminals: np.ndarray
     starts: np.ndarray
-    sha256: str
     metadata: dict[str, Any]
 
     @property
     def episodes(self) -> int:
         return len(self.starts) - 1
+
+    @cached_property
+    def sha256(self) -> str:
+        """`checksum` of the arrays: what a policy is trained on, in whatever file it lies."""
+        return checksum(self.observations, self.actions, self.rewards, self.terminals, self.starts)
 
     @cached_property
     def returns(self) -> np.ndarray:
@@ -133,6 +138,24 @@ class Dataset:
     def std(self) -> np.ndarray:
         """(S,) float32, over all rows, and 1e-6 more, so that a constant can be divided by it."""
         return (self.observations.std(0, dtype=np.float64) + 1e-6).astype(np.float32)
+
+
+def checksum(*arrays: np.ndarray) -> str:
+    """sha256, in hex, of each array's dtype, shape and bytes, in this order.
+
+    A file's own holds when it was written and by which library too, so that data made again would seem other data.
+    """
+    found = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        found.update(f"{array.dtype.str} {array.shape};".encode())
+        found.update(array)
+    return found.hexdigest()
+
+
+def dataset_checksum(path: str | Path, name: str) -> str:
+    """`Dataset.sha256` of a file, which a run's record holds as `facts["dataset_sha256"]`; arguments as for `read`."""
+    return read(path, name).sha256
 
 
 def find(dataset: str, progress: bool = True) -> Path:
@@ -162,9 +185,12 @@ def read(path: str | Path, name: str) -> Dataset:
 
     Minari's episodes, in the order of their numbers, are rows one after another too; rows in errors are counted so.
 
-    What follows the last of these rows is left out. In a file without timeouts an episode also ends at its EPISODE-th
-    step. (So it does in Decision Transformer's script for the first one; its counter ends later ones a step early.
-    D4RL's v2 files all have timeouts.)
+    What follows the last of these rows is left out. In a file without timeouts an episode also ends at its
+    MAX_EP_LEN-th step. (So it does in Decision Transformer's script for the first one; its counter ends later ones a
+    step early. D4RL's v2 files all have timeouts.)
+
+    Warns, and goes on as that script does, where next observations are not the next row's or an episode is longer than
+    MAX_EP_LEN.
 
     Args:
         name: as in `data.dataset`; says whose observations and actions are expected.
@@ -174,7 +200,6 @@ def read(path: str | Path, name: str) -> Dataset:
     source, env, _ = split_name(name)
     states, actions = ENVIRONMENTS[env].sizes
     try:
-        checksum = data.sha256(Path(path))
         with h5py.File(path, "r") as file:
             if source == "minari":
                 arrays = _joined(path, file, states, actions)
@@ -209,7 +234,7 @@ def read(path: str | Path, name: str) -> Dataset:
     if "next_observations" in arrays:
         _check_order(path, arrays["observations"], arrays["next_observations"], starts)
     rows = {key: arrays[key][: starts[-1]] for key in KEYS[:4]}
-    return Dataset(name=name, env=env, **rows, starts=starts, sha256=checksum, metadata=metadata)
+    return Dataset(name=name, env=env, **rows, starts=starts, metadata=metadata)
 
 
 def _joined(path: str | Path, file: h5py.File, states: int, actions: int) -> dict[str, np.ndarray]:
@@ -264,16 +289,17 @@ def _starts(path: str | Path, terminals: np.ndarray, timeouts: np.ndarray | None
     if timeouts is None:
         rows = np.arange(len(terminals))
         first = np.maximum.accumulate(np.where(np.append(True, terminals[:-1]), rows, 0))
-        timeouts = (rows - first) % EPISODE == EPISODE - 1
+        timeouts = (rows - first) % MAX_EP_LEN == MAX_EP_LEN - 1
     starts = np.append(0, np.flatnonzero(terminals | timeouts) + 1)
     if len(starts) == 1:
         raise DataError(f"{path}: expected a whole episode at least, none of the {len(terminals)} rows ends one")
     lengths = np.diff(starts)
-    if lengths.max() > EPISODE:
-        e = lengths.argmax()
-        raise DataError(
-            f"{path}: expected episodes of {EPISODE} steps at most, got {lengths[e]} from row {starts[e]} on "
-            "before terminals or timeouts mark an end"
+    long = np.flatnonzero(lengths > MAX_EP_LEN)
+    if len(long):
+        warnings.warn(
+            f"{path}: expected episodes of {MAX_EP_LEN} steps at most, {len(long)} are longer, the first has "
+            f"{lengths[long[0]]} from row {starts[long[0]]} on; timesteps end at {MAX_EP_LEN - 1}",
+            stacklevel=3,
         )
     return starts
 
@@ -285,9 +311,10 @@ def _check_order(path: str | Path, observations: np.ndarray, after: np.ndarray, 
     expected, got = observations[1 : starts[-1]], after[: starts[-1] - 1]
     bad = np.flatnonzero((np.abs(got - expected) > ROUNDING * np.abs(expected)).any(1) & inside)
     if len(bad):
-        raise DataError(
+        warnings.warn(
             f"{path}: next_observations: expected the next row's observations inside an episode; "
-            f"{len(bad)} of {inside.sum()} rows differ, the first is row {bad[0]}"
+            f"{len(bad)} of {inside.sum()} rows differ, the first is row {bad[0]}",
+            stacklevel=3,
         )
 
 
@@ -318,24 +345,25 @@ class Windows:
     `left_padded` gives that form, for comparison.
 
     Args:
-        context: K.
+        context_length: K.
     """
 
-    def __init__(self, dataset: Dataset, context: int, device: torch.device | str):
-        if context < 1:
-            raise ValueError(f"data.context: expected 1 at least, got {context}")
-        self.context, self.device = context, torch.device(device)
-        to_go = np.empty(len(dataset.rewards))
-        times = np.empty(len(dataset.rewards), np.int64)
+    def __init__(self, dataset: Dataset, context_length: int, device: torch.device | str):
+        if context_length < 1:
+            raise ValueError(f"data.context_length: expected 1 at least, got {context_length}")
+        self.context_length, self.device = context_length, torch.device(device)
+        returns_to_go = np.empty(len(dataset.rewards))
+        timesteps = np.empty(len(dataset.rewards), np.int64)
         for start, end in zip(dataset.starts[:-1], dataset.starts[1:], strict=True):
-            to_go[start:end] = dataset.rewards[start:end][::-1].cumsum(dtype=np.float64)[::-1]
-            times[start:end] = np.arange(end - start)
+            returns_to_go[start:end] = dataset.rewards[start:end][::-1].cumsum(dtype=np.float64)[::-1]
+            timesteps[start:end] = np.arange(end - start).clip(max=MAX_EP_LEN - 1)  # as get_batch there
         ends = np.repeat(dataset.starts[1:], np.diff(dataset.starts))
         mean, std = (torch.as_tensor(x, device=device) for x in (dataset.mean, dataset.std))
-        self.to_go = torch.as_tensor((to_go / SCALE).astype(np.float32), device=device)
+        self.returns_to_go = torch.as_tensor((returns_to_go / SCALE).astype(np.float32), device=device)
         self.states = (torch.as_tensor(dataset.observations, device=device) - mean) / std
         self.actions = torch.as_tensor(dataset.actions, device=device)
-        self.times, self.ends = torch.as_tensor(times, device=device), torch.as_tensor(ends, device=device)
+        self.timesteps = torch.as_tensor(timesteps, device=device)
+        self.ends = torch.as_tensor(ends, device=device)
         self.origin = -mean / std  # an observation of zeros
 
     def batch(self, batch_size: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -350,35 +378,35 @@ class Windows:
             Padding is zero.
         """
         generator = torch.Generator(self.device).manual_seed(seed)
-        starts = torch.randint(len(self.times), (batch_size, 1), generator=generator, device=self.device)
-        places = starts + torch.arange(self.context, device=self.device)
+        starts = torch.randint(len(self.timesteps), (batch_size, 1), generator=generator, device=self.device)
+        places = starts + torch.arange(self.context_length, device=self.device)
         mask = places < self.ends[starts]
         places = torch.where(mask, places, 0)
         real = mask[..., None]
         return (
-            torch.where(real, self.to_go[places][..., None], 0),
+            torch.where(real, self.returns_to_go[places][..., None], 0),
             torch.where(real, self.states[places], 0),
             torch.where(real, self.actions[places], 0),
-            torch.where(mask, self.times[places], 0),
+            torch.where(mask, self.timesteps[places], 0),
             mask,
         )
 
     def left_padded(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The same windows, each with its padding moved to the left, as Decision Transformer trains on them.
 
-        There returns-to-go and times are padded with 0, actions with -10, and states with 0 before they are
+        There returns-to-go and timesteps are padded with 0, actions with -10, and states with 0 before they are
         normalised, so that a padded state is -mean / std (gym/experiment.py, get_batch).
         """
         *tensors, mask = batch
         B, K = mask.shape
         places = torch.arange(K, device=mask.device) - (K - mask.sum(1, keepdim=True))
         mask, rows = places >= 0, torch.arange(B, device=mask.device)[:, None]
-        to_go, states, actions, times = (x[rows, places.clamp(min=0)] for x in tensors)
+        returns_to_go, states, actions, timesteps = (x[rows, places.clamp(min=0)] for x in tensors)
         real = mask[..., None]
         return (
-            torch.where(real, to_go, 0),
+            torch.where(real, returns_to_go, 0),
             torch.where(real, states, self.origin),
             torch.where(real, actions, -10),
-            torch.where(mask, times, 0),
+            torch.where(mask, timesteps, 0),
             mask,
         )

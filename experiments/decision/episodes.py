@@ -13,108 +13,110 @@ from torch import Tensor
 from minrnn.mixers.base import state_map
 from minrnn.models import DecisionModel
 
-from .data import EPISODE, SCALE
+from .data import MAX_EP_LEN, SCALE
 
 
 @torch.inference_mode()
 def rollout(
     model: DecisionModel,
-    environment: str,
-    mean: Tensor,
-    std: Tensor,
-    targets: np.ndarray,
-    seed: int,
-    context: int | None,
-    padded: bool = False,
-    watch: Callable[[list[gymnasium.Env]], object] = lambda envs: None,
+    env_id: str,
+    state_mean: Tensor,
+    state_std: Tensor,
+    target_returns: np.ndarray,
+    seeds: np.ndarray,
+    context_length: int | None,
+    left_padding: bool = False,
+    callback: Callable[[list[gymnasium.Env]], object] = lambda envs: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (n,) and lengths (n,) of n episodes, one for each target return.
 
-    After each step the return still wanted is what was wanted less the reward (Decision Transformer, section 4.1; its
-    gym/decision_transformer/evaluation/evaluate_episodes.py).
+    After each step the return-to-go is less by the reward (Decision Transformer, section 4.1;
+    https://github.com/kzl/decision-transformer/blob/e2d82e68f330c00f763507b3b01d774740bee53f/gym/
+    decision_transformer/evaluation/evaluate_episodes.py).
 
     Args:
-        environment: gymnasium's id.
-        mean, std: (S,), of the observations that the model was trained on, on its device.
-        targets: (n,) wanted returns.
-        seed: the i-th episode begins as its environment does with seed + i.
-        context: how many steps the policy looks back, which it reads anew at each; None: all, in the model's state.
-        padded: before the episode's context-th step zeros stand on the left, as in the published code.
-        watch: called with the n environments before each step and after the last; ended ones stay as they ended.
+        env_id: gymnasium's.
+        state_mean, state_std: (S,), of the observations that the model was trained on, on its device.
+        target_returns: (n,).
+        seeds: (n,), with which the environments are reset.
+        context_length: how many steps the policy looks back, which it reads anew at each; None: all, in the model's
+            state.
+        left_padding: before the episode's context_length-th step zeros stand on the left, as in the published code.
+        callback: of the n environments, before each step and after the last; ended ones stay as they ended.
     """
-    n, device = len(targets), mean.device
-    policy = Stepwise(model, n) if context is None else Windowed(model, context, padded)
+    n, device = len(target_returns), state_mean.device
+    policy = Carried(model, n) if context_length is None else Window(model, context_length, left_padding)
     returns, lengths = np.zeros(n), np.zeros(n, int)
-    with _environments(environment, n) as envs:
-        seen = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-        alive, wanted = np.arange(n), np.asarray(targets, np.float64)
-        for time in range(EPISODE):
-            watch(envs)
-            states = (torch.as_tensor(seen, dtype=torch.float32, device=device) - mean) / std
-            left = torch.as_tensor(wanted[:, None] / SCALE, dtype=torch.float32, device=device)
-            actions = policy.act(left, states, time).cpu().numpy()
-            steps = [envs[i].step(action) for i, action in zip(alive, actions, strict=True)]
-            rewards = np.array([step[1] for step in steps])
-            returns[alive] += rewards
-            lengths[alive] += 1
-            on = np.array([not (step[2] or step[3]) for step in steps])
+    with _environments(env_id, n) as envs:
+        observations = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds, strict=True)])
+        running, returns_to_go = np.arange(n), np.asarray(target_returns, np.float64)
+        for timestep in range(MAX_EP_LEN):
+            callback(envs)
+            states = (torch.as_tensor(observations, dtype=torch.float32, device=device) - state_mean) / state_std
+            scaled = torch.as_tensor(returns_to_go[:, None] / SCALE, dtype=torch.float32, device=device)
+            actions = policy.act(scaled, states, timestep).cpu().numpy()
+            steps = [envs[i].step(action) for i, action in zip(running, actions, strict=True)]
+            observations, rewards, terminated, truncated = (np.array(x) for x in (*zip(*steps, strict=True),)[:4])
+            returns[running] += rewards
+            lengths[running] += 1
+            on = ~(terminated | truncated)
             if not on.any():
                 break
-            seen, wanted, alive = np.stack([step[0] for step in steps])[on], (wanted - rewards)[on], alive[on]
+            observations, returns_to_go, running = observations[on], (returns_to_go - rewards)[on], running[on]
             if not on.all():
                 policy.keep(torch.as_tensor(np.flatnonzero(on), device=device))
-        watch(envs)
+        callback(envs)
     return returns, lengths
 
 
-class Stepwise:
+class Carried:
     """Looks back through the model's state: a step costs the same however long the episode is."""
 
     def __init__(self, model: DecisionModel, n: int):
-        self.model, self.state, self.before = model, model.initial_state(n), None
+        self.model, self.hidden, self.actions = model, model.initial_state(n), None
 
-    def act(self, wanted: Tensor, seen: Tensor, time: int) -> Tensor:
-        self.before, self.state = self.model.step(wanted, seen, self.before, time, self.state)
-        return self.before
+    def act(self, returns_to_go: Tensor, states: Tensor, timestep: int) -> Tensor:
+        """(n, A) for (n, 1) and (n, S)."""
+        self.actions, self.hidden = self.model.step(returns_to_go, states, self.actions, timestep, self.hidden)
+        return self.actions
 
     def keep(self, episodes: Tensor) -> None:
-        self.before = self.before[episodes]
-        self.state = state_map(lambda x: x[episodes], self.state)
+        self.actions = self.actions[episodes]
+        self.hidden = state_map(lambda x: x[episodes], self.hidden)
 
 
-class Windowed:
-    """Reads the last `context` steps anew at each step."""
+class Window:
+    """Reads the last `context_length` steps anew at each step."""
 
-    def __init__(self, model: DecisionModel, context: int, padded: bool):
-        self.model, self.context, self.padded = model, context, padded
-        self.wanted = self.seen = self.done = None  # (n, steps so far but context at most, ...)
+    def __init__(self, model: DecisionModel, context_length: int, left_padding: bool):
+        self.model, self.context_length, self.left_padding = model, context_length, left_padding
+        self.past: tuple[Tensor, ...] = ()  # returns-to-go, states, actions: (n, steps so far but K at most, ...)
 
-    def act(self, wanted: Tensor, seen: Tensor, time: int) -> Tensor:
-        none = torch.zeros(len(seen), self.model.head.out_features, device=seen.device)
-        self.wanted, self.seen, self.done = (
-            now[:, None] if past is None else torch.cat([past, now[:, None]], 1)[:, -self.context :]
-            for past, now in ((self.wanted, wanted), (self.seen, seen), (self.done, none))
-        )
-        K = self.seen.shape[1]
-        times = torch.arange(time + 1 - K, time + 1, device=seen.device).expand(len(seen), K)
-        inputs = (self.wanted, self.seen, self.done, times)
-        if self.padded and self.context > K:
-            pad = self.context - K
+    def act(self, returns_to_go: Tensor, states: Tensor, timestep: int) -> Tensor:
+        now = [x[:, None] for x in (returns_to_go, states, states.new_zeros(len(states), self.model.act_dim))]
+        if self.past:
+            now = [torch.cat(pair, 1)[:, -self.context_length :] for pair in zip(self.past, now, strict=True)]
+        self.past = tuple(now)
+        K = now[1].shape[1]
+        timesteps = torch.arange(timestep + 1 - K, timestep + 1, device=states.device).expand(len(states), K)
+        inputs = (*now, timesteps)
+        if self.left_padding and self.context_length > K:
+            pad = self.context_length - K
             inputs = tuple(F.pad(x, (0, 0, pad, 0) if x.dim() == 3 else (pad, 0)) for x in inputs)
-        action = self.model(*inputs)[:, -1]
-        self.done[:, -1] = action
-        return action
+        actions = self.model(*inputs)[:, -1]
+        self.past[2][:, -1] = actions
+        return actions
 
     def keep(self, episodes: Tensor) -> None:
-        self.wanted, self.seen, self.done = (x[episodes] for x in (self.wanted, self.seen, self.done))
+        self.past = tuple(x[episodes] for x in self.past)
 
 
 @contextlib.contextmanager
-def _environments(name: str, n: int) -> Iterator[list[gymnasium.Env]]:
+def _environments(env_id: str, n: int) -> Iterator[list[gymnasium.Env]]:
     # Not gymnasium's vector environments: those go on with episodes that have ended.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # v4 on purpose: D4RL's physics, which v5 changed
-        envs = [gymnasium.make(name, max_episode_steps=EPISODE, disable_env_checker=True) for _ in range(n)]
+        envs = [gymnasium.make(env_id, max_episode_steps=MAX_EP_LEN, disable_env_checker=True) for _ in range(n)]
     try:
         yield envs
     finally:

@@ -47,7 +47,7 @@ class Settings:
     def __post_init__(self):
         if not math.isfinite(self.target):
             raise ValueError(f"target: expected a finite score, got {self.target}")
-        for key, low, high in (("seed", 0, QUARTER - 1), ("frames", 1, 100), ("every", 0, data.EPISODE)):
+        for key, low, high in (("seed", 0, QUARTER - 1), ("frames", 1, 100), ("every", 0, data.MAX_EP_LEN)):
             if not low <= getattr(self, key) <= high:
                 raise ValueError(f"{key}: expected {low} to {high}, got {getattr(self, key)}")
         if Path(self.path).suffix not in (".png", ".pdf", ".svg"):
@@ -101,14 +101,14 @@ def play(
     low, high = environment.reference
     simulated, positions = [], []
 
-    def watch(envs: list) -> None:
+    def record(envs: list) -> None:
         simulated[:] = [envs[0].unwrapped.model]
         positions.append(envs[0].unwrapped.data.qpos.copy())
 
     returns, _ = rollout(
         policy, environment.id, *(torch.as_tensor(x) for x in (dataset.mean, dataset.std)),
-        np.array([low + settings.target / 100 * (high - low)]), eval_seed("test", settings.seed),
-        cfg.eval.context, cfg.data.padding == "left", watch,
+        np.array([low + settings.target / 100 * (high - low)]), np.array([eval_seed("test", settings.seed)]),
+        cfg.eval.context_length, cfg.data.padding == "left", record,
     )  # fmt: skip
     return simulated[0], np.stack(positions), data.normalized(dataset.env, returns[0].item())
 
