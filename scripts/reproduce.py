@@ -522,12 +522,20 @@ def same_as_before(planner: Planner, dataset: str) -> None:
     if path is None:
         env, _, level = dataset.removeprefix("local/").partition("-")
         raise data.DataError(f"{dataset} is not here: python -m scripts.collect env={env} level={level} makes it")
-    found = data.sha256(path)
-    for record in planner.known.values():
-        before = record.get("facts", {}).get("dataset_sha256", found)
-        if record["config"]["data"].get("dataset") == dataset and before != found:
+    before = {
+        record["facts"]["dataset_sha256"]: record["run_id"]
+        for record in planner.known.values()
+        if record["config"]["data"].get("dataset") == dataset and "dataset_sha256" in record.get("facts", {})
+    }
+    if not before:
+        return
+    from experiments.decision.data import dataset_checksum  # brings torch, which nothing else here needs
+
+    found = dataset_checksum(path, dataset)
+    for checksum, run in before.items():
+        if checksum != found:
             raise data.DataError(
-                f"{path} is not the file of record {record['run_id']} (sha256 {before[:12]}, got {found[:12]}); to do "
+                f"{path} does not hold the arrays of record {run} (sha256 {checksum[:12]}, got {found[:12]}); to do "
                 f"them all on this one, give another results folder, or remove the records of {dataset}"
             )
 
