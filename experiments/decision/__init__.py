@@ -20,7 +20,7 @@ look back from the same ones.
     test_score_window               the same with the last steps read anew at each step, data.context_length of them
                                     where eval.context_length is null, padded on the left where data.padding is left
     test_score_at_return_<target>   asked for the second of Decision Transformer's targets
-    test_score_at_<score>           asked for TARGETS, a fifth as many episodes of each
+    test_score_at_<score>           asked for TARGETS
 
 the last two of the last weights alone.
 
@@ -30,7 +30,6 @@ which is worth 3.65 points on average over D4RL's nine sets for one and the same
 choose them, give `best.test_score`.
 """
 
-import math
 from functools import partial
 
 import numpy as np
@@ -75,18 +74,18 @@ def evaluate_last(cfg: Decision, dataset: data.Dataset, model: DecisionModel, sp
     environment = data.ENVIRONMENTS[dataset.env]
     low, high = environment.reference
     second = environment.targets[1]
-    targets = [low + score / 100 * (high - low) for score in TARGETS]
-    found = {f"at_return_{second:.0f}": play(cfg, dataset, model, split, [second], cfg.eval.context_length)[0]}
-    returns, _ = play(cfg, dataset, model, split, targets, cfg.eval.context_length, math.ceil(cfg.eval.episodes / 5))
-    found |= {f"at_{score}": row for score, row in zip(TARGETS, returns, strict=True)}
+    targets = [second, *(low + score / 100 * (high - low) for score in TARGETS)]
+    returns, _ = play(cfg, dataset, model, split, targets, cfg.eval.context_length)
+    names = [f"at_return_{second:.0f}", *(f"at_{score}" for score in TARGETS)]
+    found = dict(zip(names, returns, strict=True))
     return {f"score_{name}": data.normalized(dataset.env, row.mean()) for name, row in found.items()}
 
 
-def play(cfg, dataset, model, split, targets, context_length, n=None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns and lengths, (targets, n) each; n is eval.episodes where it is not given."""
+def play(cfg, dataset, model, split, targets, context_length) -> tuple[np.ndarray, np.ndarray]:
+    """Returns and lengths, (targets, eval.episodes) each."""
     device = next(model.parameters()).device
     mean, std = (torch.as_tensor(x, device=device) for x in (dataset.mean, dataset.std))
-    n = n or cfg.eval.episodes
+    n = cfg.eval.episodes
     found = rollout(
         model, data.ENVIRONMENTS[dataset.env].id, mean, std, np.repeat([*targets], n),
         np.tile(eval_seed(split, 0) + np.arange(n), len(targets)), context_length, cfg.data.padding == "left",
