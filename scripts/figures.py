@@ -232,6 +232,27 @@ def layers(table: str, profile: str, found: list[Entry]) -> Figure:
     return figure
 
 
+def rates(found: list[Entry]) -> Figure:
+    """The best validation of each model against the learning rate."""
+    rows, each = list(dict.fromkeys(entry.cell.row for entry in found)), 5  # of a panel
+    panels = [rows[i : i + each] for i in range(0, len(rows), each)]
+    figure = Figure(figsize=(2.6 * len(panels) + 0.6, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    values = sorted({float(entry.cell.column) for entry in found})
+    for ax, names in zip(axes, panels, strict=True):
+        for style, row in zip(STYLES, names, strict=False):
+            done = [entry for entry in found if entry.cell.row == row and entry.done]
+            ax.plot([float(e.cell.column) for e in done], [e.mean("best") for e in done], **style, label=row)
+        ax.set(xscale="log")
+        ax.set_xticks(values, [f"{value:g}" for value in values])
+        ax.minorticks_off()
+        head(ax, "", 2)
+    metric = found[0].metric
+    figure.supxlabel("learning rate", fontsize=8)
+    figure.supylabel(f"best {metric.label}, {metric.unit}", fontsize=8)
+    return figure
+
+
 def policy_step(rows: list[dict]) -> Figure:
     """Of the benchmark's decision model: what one more step of an episode costs after so many."""
     figure = Figure(figsize=(4.2, 2.8), layout="constrained")
@@ -269,7 +290,11 @@ def write_all(results_dir: str | Path) -> list[Path]:
             suffix = "" if profile == "paper" else f"_{profile}"
             if TABLES[table].column is None and not panels_of(table, found):
                 continue
-            if found[0].metric.key == "test_score":
+            if TABLES[table].column == "convention":
+                continue  # its curves are those of the table of models
+            if TABLES[table].column == "learning rate":
+                figures = {file_name(table, profile): rates(found)}
+            elif found[0].metric.key == "test_score":
                 figures = {
                     f"{table}_steps{suffix}": score_against_steps(table, found),
                     f"{table}_target{suffix}": score_against_target(table, found),

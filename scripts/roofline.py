@@ -80,7 +80,7 @@ def _tokens(config: dict[str, Any]) -> int:
     data, batch = config["data"], config["train"]["batch_size"]
     lengths = {
         "selective_copy": lambda: data["length"] + data["tokens"],
-        "charlm": lambda: data["block"],
+        "charlm": lambda: data["block_size"],
         "decision": lambda: data["context_length"] * data["tokens"],
     }
     return batch * lengths[config["experiment"]]()

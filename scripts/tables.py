@@ -168,7 +168,7 @@ def measured(entry: Entry) -> str:
 def seconds_a_step(done: list[dict[str, Any]]) -> float:
     """Of training a character model, without its evaluations: mean over seeds."""
     config = done[0]["config"]
-    tokens = config["train"]["batch_size"] * config["data"]["block"]
+    tokens = config["train"]["batch_size"] * config["data"]["block_size"]
     return statistics.fmean(tokens / record["tokens_per_second"] for record in done)
 
 
@@ -213,6 +213,8 @@ def wide_grid(shown: Table, found: list[Entry]) -> tuple[list[str], list[list[st
         for head, metric, which in shown.more
     }
     kinds |= {"n": lambda entry: str(len(entry.done) or ""), shown.published: published}
+    if shown.column == "learning rate":  # which the best point decides
+        kinds = {"best": kinds["best"]}
     lines = []
     for column in dict.fromkeys(entry.cell.column for entry in found):
         here = {entry.cell.row: entry for entry in found if entry.cell.column == column}
