@@ -317,7 +317,7 @@ class EfficiencyData:
     seconds: float = 1.0  # of a layer at a point at most, but it is run `least` times
     least: int = 5
     spread: float = 0.03  # of the middle half, relative to the median: less, and a point is done
-    machine: str | None = None  # as found: a number here is a machine's
+    machine: str | None = None  # as found, its instruction set included: a number here is a machine's
 
     def __post_init__(self):
         one_of(self, "data", "task", TASKS)

@@ -27,6 +27,11 @@ def hardware(device: str) -> dict[str, object]:
     return facts
 
 
+def name(hardware: dict[str, object]) -> str:
+    """What a time belongs to: the card; or the processor, its threads and the instruction set that torch found."""
+    return hardware.get("gpu") or f"{hardware['cpu']}, {hardware['threads']} threads ({hardware['vector']})"
+
+
 def versions(*packages: str) -> dict[str, str | None]:
     """Of Python, torch, and the packages; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}

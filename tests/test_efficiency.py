@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 
-from experiments import cost, efficiency, launch, records
+from experiments import cost, efficiency, launch, machine, records
 from experiments.efficiency import layers, memory
 from scripts import efficiency as shown
 from scripts import efficiency_figures, figures, report, reproduce, tables
@@ -252,6 +252,12 @@ def test_a_machine_is_found_not_given(tmp_path):
         efficiency.run(resolve(tmp_path, "part=parameters", "data.machine=T4"))
 
 
+def test_a_machine_is_named_with_its_instruction_set():
+    facts = machine.hardware("cpu")
+    assert machine.name(facts).endswith(f", {facts['threads']} threads ({torch.backends.cpu.get_cpu_capability()})")
+    assert machine.name(facts | {"gpu": "Tesla T4"}) == "Tesla T4"
+
+
 def test_layers_that_are_not_here_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"data.layers: expected some of \['quick'\] .*, got 'GRU'"):
         measure(tmp_path, monkeypatch, {"quick": stub()}, "data.layers=[GRU]")
@@ -318,13 +324,16 @@ def test_parameters_are_those_of_the_formula_and_biases():
 # -- what is said of it
 
 
+MACHINE = "Some CPU, 2 threads (AVX512)"
+
+
 def point(layer, length, median, peak=None, **changes):
     spread = {"q1": median, "q3": median, "min": median, "n": 5, "peak": peak}
     size = {"width": 8, "batch": 64, "length": length}
     return {"layer": layer, **size, "status": "done", "reason": None, "median": median, **spread, **changes}
 
 
-def part(tmp_path, name, points, machine="Some CPU, 2 threads", **changes):
+def part(tmp_path, name, points, machine=MACHINE, **changes):
     config = launch.compose("efficiency", [f"part={name}", "profile=cpu"])
     config["data"]["machine"] = machine
     record = {
@@ -341,6 +350,7 @@ def part(tmp_path, name, points, machine="Some CPU, 2 threads", **changes):
 def training(tmp_path, **times):
     """ms at lengths 64, 512, 4096 by layer; peaks are 1 MB, and 2 MB for torch's GRU."""
     names = {"ours": "minGRU", "log": "minGRU, log-space", "loop": "GRU, loop", "torch": "GRU, torch"}
+    names["minloop"] = "minGRU, loop"
     points = []
     for length, i in ((64, 0), (512, 1), (4096, 2)):
         for key, values in times.items():
@@ -349,44 +359,92 @@ def training(tmp_path, **times):
 
 
 def test_what_the_report_says_follows_from_the_numbers(tmp_path):
-    training(tmp_path, ours=(1, 8, 64), log=(4, 40, 600), loop=(40, 400, 3000), torch=(2, 40, 320))
+    times = {"ours": (1, 8, 64), "log": (4, 40, 600), "loop": (40, 400, 3000), "torch": (2, 40, 320)}
+    training(tmp_path, **times, minloop=(10, 400, 6000))
     ((_, parts),) = shown.load(tmp_path).items()
     assert shown.findings(parts) == [
-        "minGRU is faster than GRU, torch at every length from 64 to 4096 (2 to 5 times).",
-        "minGRU takes less memory than GRU, torch at every length from 512 to 4096 (2 to 2 times).",
-        "As the paper compares, minGRU in log space against a hand-written GRU: 5 times as fast at length 4096.",
-        "minGRU: time grows with the 1.00th power of the length at last, linear.",
+        "minGRU trains 2 to 5 times as fast as torch's GRU with AVX512 at lengths of 64 to 4096.",
+        "minGRU in log space trains 5 to 10 times as fast as the GRU loop with AVX512 at lengths of 64 to 4096.",
+        "The minGRU loop trains 0.50 to 4 times as fast as the GRU loop with AVX512 at lengths of 64 to 4096; it is "
+        "slower at 4096.",
+        "The minGRU loop trains 0.10 to 0.40 times as fast as minGRU in log space with AVX512 at lengths of 64 to "
+        "4096; it is slower at each.",
+        "minGRU takes 0.50 times the memory of torch's GRU at lengths of 64 to 4096.",
+        "minGRU in log space takes 1.00 times the memory of the GRU loop at lengths of 64 to 4096.",
+        "The minGRU loop takes 1.00 times the memory of the GRU loop at lengths of 64 to 4096.",
+        "The time of minGRU grows with the length to the power of 1.00 (1 is linear), from each length of 64 to 4096 "
+        "to the next that is four or more times as long.",
     ]
     report.write_all(tmp_path)
     page = (tmp_path / "REPORT.md").read_text()
-    assert "## Efficiency on Some CPU, 2 threads" in page and "(2 to 5 times)" in page and "1 runs, 0.0 hours" in page
+    assert "## Efficiency on Some CPU, 2 threads (AVX512)\n" in page and "1 runs, 0.0 hours" in page
+    assert "trains 2 to 5 times as fast" in page and "Run on Some CPU, 2 threads (AVX512)." in page
     lines = {
         line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
         for line in page.splitlines()
         if "|" in line
     }
-    assert lines["GRU takes longer than minGRU, training, T = 512"] == ["175 x", "10 x", "5 x"]
-    assert lines["GRU takes longer than minGRU, training, T = 4096"] == ["1,324 x", "5 x", "5 x"]
-    assert lines["minGRU takes more memory than GRU, training, T = 512"] == ["+88 %", "+0 %", "-50 %"]
-    assert lines["LSTM takes longer than minLSTM, training, T = 512"] == ["235 x", "", ""]
+    assert lines["GRU takes longer than minGRU, training, T = 512"] == ["175 x", "10 x", "1 x", "5 x"]
+    assert lines["GRU takes longer than minGRU, training, T = 4096"] == ["1,324 x", "5 x", "0.5 x", "5 x"]
+    assert lines["minGRU takes more memory than GRU, training, T = 512"] == ["+88 %", "+0 %", "+0 %", "-50 %"]
+    assert lines["LSTM takes longer than minLSTM, training, T = 512"] == ["235 x", "", "", ""]
+    assert lines["minGRU, training, T = 4096"] == ["3.25 ms", "600 ms", "6,000 ms", "64 ms"]
 
 
 def test_what_does_not_hold_is_said(tmp_path):
     training(tmp_path, ours=(1, 8, 200), torch=(1, 40, 150))
     ((_, parts),) = shown.load(tmp_path).items()
     said = shown.findings(parts)
-    assert said[0] == "minGRU is faster than GRU, torch not at 64, 4096 (0.75 to 5 times)."
-    assert said[-1] == "minGRU: time grows with the 1.55th power of the length at last, not linear."
+    assert said[0] == (
+        "minGRU trains 0.75 to 5 times as fast as torch's GRU with AVX512 at lengths of 64 to 4096; it is slower at "
+        "4096."
+    )
+    assert "to the power of 1.00 to 1.55 (1 is linear)" in said[-1]
 
 
-def test_one_token_is_told_flat_from_growing(tmp_path):
-    times = {"minGRU": (1.0, 1.1), "attention": (1.0, 9.0)}
-    part(tmp_path, "step", [point(n, t, ms[i] / 1e3) for i, t in enumerate((1, 2048)) for n, ms in times.items()])
+def test_what_is_faster_for_one_token_is_named(tmp_path):
+    times = {"minGRU": (1.0, 1.1), "GRU, loop": (0.9, 2.2), "GRU, torch": (2, 2), "attention": (1.0, 9.0)}
+    points = [
+        point(name, length, batch * ms[i] / 1e3, batch=batch)
+        for i, length in enumerate((1, 2048)) for batch in (8, 64) for name, ms in times.items()
+    ]  # fmt: skip
+    part(tmp_path, "step", points)
     ((_, parts),) = shown.load(tmp_path).items()
     assert shown.findings(parts) == [
-        "One token of minGRU after 2048: 1.1 times what it takes after 1, the same.",
-        "One token of attention after 2048: 9 times what it takes after 1, more.",
+        "Torch's GRU takes 1.82 to 2 times as long as minGRU for one token, the GRU loop 0.90 to 2 times, attention "
+        "1.00 to 8.2 times, at batch sizes 8 and 64 and lengths of 1 to 2048.",
+        "minGRU is slower for one token, at some length, than the GRU loop at batch sizes 8 and 64.",
+        "minGRU takes 1.10 times as long for one token after 2048 tokens as after 1, at batch sizes 8 and 64.",
+        "attention takes 9 times as long for one token after 2048 tokens as after 1, at batch sizes 8 and 64.",
     ]
+    header, lines = shown.grid(parts["step"])
+    assert header == ["length, ms", "1", "2048"] and ["GRU, loop, batch 8", "7.2", "17.6"] in lines
+    assert len(lines) == 8 and "batch sizes 8 and 64" in shown.caption(parts["step"])
+
+
+def test_a_context_is_compared_with_mambas_at_each_batch_size(tmp_path):
+    times = {"minGRU": 2.0, "minGRU, loop": 8.0, "minLSTM": 5.0, "Mamba": 4.0}
+    points = [
+        point(name, length, ms * batch * length / 1e3, batch=batch)
+        for batch in (8, 64) for length in (64, 2048) for name, ms in times.items()
+    ]  # fmt: skip
+    part(tmp_path, "context", points)
+    ((_, parts),) = shown.load(tmp_path).items()
+    assert shown.grid(parts["context"])[1][4:] == [
+        ["Mamba / minGRU, batch 8", "2 x", "2 x"], ["Mamba / minGRU, batch 64", "2 x", "2 x"],
+        ["Mamba / minLSTM, batch 8", "0.8 x", "0.8 x"], ["Mamba / minLSTM, batch 64", "0.8 x", "0.8 x"],
+    ]  # fmt: skip
+    published = {row: value.value for (_, row, _, _), value in tables.read_paper(PAPER).items()}
+    lines = {row: cells for row, *cells in shown.claims_grid(parts, published)[1]}
+    row = "takes longer than {}, a context and one token, batch {}"
+    assert lines[f"Mamba {row.format('minGRU', 8)}"] == ["+6.6 %", "", "-50 %", "+100 %"]
+    assert lines[f"minLSTM {row.format('Mamba', 32)}"] == ["+0 %", "", "", ""]  # not measured
+    assert lines[f"minLSTM {row.format('Mamba', 64)}"] == ["+1.3 %", "", "", "+25 %"]
+    said = shown.findings(parts)
+    assert "minGRU is the fastest of them for a context and one token, at every length." in said
+    assert said[-1] == (
+        "minLSTM is slower for a context and one token, at some length, than Mamba at batch sizes 8 and 64."
+    )
 
 
 def test_the_csv_has_every_number_and_the_table_every_status(tmp_path):
@@ -395,11 +453,14 @@ def test_the_csv_has_every_number_and_the_table_every_status(tmp_path):
     points.append({"layer": "GRU, loop", "width": 8, "batch": 64, "length": 128, **late})
     record = part(tmp_path, "train", points)
     paths = [path.name for path in tables.write_efficiency(tmp_path)]
-    assert paths == ["efficiency_claims_cpu_some_cpu_2_threads.md", "efficiency_train_cpu_some_cpu_2_threads.md"]
+    assert paths == [
+        "efficiency_claims_cpu_some_cpu_2_threads_avx512.md",
+        "efficiency_train_cpu_some_cpu_2_threads_avx512.md",
+    ]
     text = (tmp_path / "tables" / paths[1]).read_text()
     assert "| minGRU     | 1.23, 2 MiB |    2,500 |" in text and "|         500 | time-out |" in text
     assert "batch size 64, width 8, float32" in text and "copies 50 GB/s" in text
-    with (tmp_path / "tables/efficiency_cpu_some_cpu_2_threads.csv").open() as file:
+    with (tmp_path / "tables/efficiency_cpu_some_cpu_2_threads_avx512.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert {line["run_id"] for line in lines} == {record["run_id"]}
     found = {(line["layer"], line["length"], line["metric"]): line["value"] for line in lines}
@@ -407,19 +468,20 @@ def test_the_csv_has_every_number_and_the_table_every_status(tmp_path):
     assert found["GRU, loop", "128", ""] == "" and {line["status"] for line in lines} == {"done", "time-out"}
     ((_, parts),) = shown.load(tmp_path).items()
     assert shown.left_out(parts) == [
-        "Not timed in part train: GRU, loop, 64 sequences of 128 on (time-out: a run took 9 s, more than 2)."
+        "Part train leaves out GRU, loop from 64 sequences of 128 on (time-out: a run took 9 s, more than 2)."
     ]
 
 
 def test_two_records_of_one_part_are_not_mixed_up(tmp_path):
     record = part(tmp_path, "train", [point("minGRU", 64, 1.0)])
-    part(tmp_path, "train", [point("minGRU", 64, 2.0)], machine="Another CPU, 2 threads")
-    assert [machine for _, machine in shown.load(tmp_path)] == ["Another CPU, 2 threads", "Some CPU, 2 threads"]
+    older = {**record["hardware"], "vector": "AVX2"}  # no instruction set in the name: as it was once
+    part(tmp_path, "train", [point("minGRU", 64, 2.0)], machine="Some CPU, 2 threads", hardware=older)
+    assert [machine for _, machine in shown.load(tmp_path)] == ["Some CPU, 2 threads (AVX2)", MACHINE]
     other = copy.deepcopy(record)
     other["config"]["data"]["limit"] = 5.0
     other["run_id"] = shown.run_id(other["config"])
     records.write_json(records.record_path(tmp_path, "efficiency", other["run_id"]), other)
-    with pytest.raises(records.RecordError, match="are two of part train on Some CPU, 2 threads; remove"):
+    with pytest.raises(records.RecordError, match=r"are two of part train on Some CPU, 2 threads \(AVX512\); remove"):
         shown.load(tmp_path)
     other["run_id"] = "0" * 12
     records.write_json(records.record_path(tmp_path / "b", "efficiency", "0" * 12), other)
@@ -455,7 +517,7 @@ def test_figures_show_what_the_records_hold(tmp_path):
     rate = drawn["size"].axes[0].lines[0]
     assert list(rate.get_ydata()) == pytest.approx([8 * 512 / 1e-3 / 1e6, 64 * 512 / 1e-3 / 1e6])
     assert {path.name for path in figures.write_all(tmp_path)} == {
-        f"efficiency_{name}_cpu_some_cpu_2_threads.png" for name in drawn
+        f"efficiency_{name}_cpu_some_cpu_2_threads_avx512.png" for name in drawn
     }
 
 

@@ -106,8 +106,7 @@ def _why_stop(cfg: Efficiency, stop: Any) -> str | None:
 
 def machine_name(device: torch.device) -> str:
     """What a number here belongs to."""
-    facts = machine.hardware(device.type)
-    return facts["gpu"] if device.type == "cuda" else f"{facts['cpu']}, {facts['threads']} threads"
+    return machine.name(machine.hardware(device.type))
 
 
 class Kept:

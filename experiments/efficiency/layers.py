@@ -93,7 +93,9 @@ def _first(net: Callable[[Tensor], tuple[Tensor, State]]) -> Callable[[Tensor], 
     return lambda x: net(x)[0]
 
 
-def _minimal(cls: type[nn.Module], backend: str, **limits: Any) -> Layer:
+def _minimal(cls: type[nn.Module], backend: str, other: str = "reference", **limits: Any) -> Layer:
+    """Held to the `other` backend."""
+
     def step(net: nn.Module, x_t: Tensor, h: State) -> tuple[Tensor, State]:
         h = net.step(x_t, h)
         return h[-1], h
@@ -102,7 +104,7 @@ def _minimal(cls: type[nn.Module], backend: str, **limits: Any) -> Layer:
         build=lambda dim: cls(dim, dim, batch_first=True, backend=backend),
         read=lambda net, x: net(x),
         step=step if backend == "auto" else None,
-        exact=lambda net: _first(_of(cls, net, backend="reference")),
+        exact=lambda net: _first(_of(cls, net, backend=other)),
         **limits,
     )
 
@@ -203,6 +205,9 @@ LAYERS: dict[str, Layer] = {
     "minLSTM": _minimal(minrnn.MinLSTM, "auto"),
     "minGRU, log-space": _minimal(minrnn.MinGRU, "log", **LOG),
     "minLSTM, log-space": _minimal(minrnn.MinLSTM, "log", **LOG),
+    # One step after another in plain PyTorch, the gates of all steps projected at once.
+    "minGRU, loop": _minimal(minrnn.MinGRU, "reference", "cpu"),
+    "minLSTM, loop": _minimal(minrnn.MinLSTM, "reference", "cpu"),
     "minGRU-pytorch": Layer(_peer, lambda net, x: net(x, return_next_prev_hidden=True), _peer_step, _peer_exact, **LOG),
     "GRU, loop": _recurrent(LoopGRU, nn.GRU),
     "LSTM, loop": _recurrent(LoopLSTM, nn.LSTM),
