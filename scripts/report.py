@@ -460,6 +460,9 @@ def main() -> None:
         for table, profile, found in measured_tables(load(results_dir)):
             bullets = "\n".join(f"- {line}" for line in findings(table, profile, found))
             renew_readme(f"found:{file_name(table, profile)}", bullets)
+        for key, parts in efficiency.load(results_dir).items():
+            bullets = "\n".join(f"- {line}" for line in efficiency.findings(parts))
+            renew_readme(f"found:efficiency_{efficiency.slug(*key)}", bullets)
 
 
 if __name__ == "__main__":
