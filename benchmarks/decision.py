@@ -87,34 +87,36 @@ def environment(nets: dict[str, DecisionModel]) -> dict[str, dict]:
 
     def run(act: Callable[[np.ndarray, int], np.ndarray], steps: int = 300) -> dict[str, float]:
         envs = [gymnasium.make("Hopper-v4", disable_env_checker=True) for _ in range(EPISODES)]
-        seen, taken = np.stack([env.reset(seed=i)[0] for i, env in enumerate(envs)]), []
+        states, taken = np.stack([env.reset(seed=i)[0] for i, env in enumerate(envs)]), []
         for t in range(steps):
             begin = time.perf_counter()
-            for i, (env, action) in enumerate(zip(envs, act(seen, t), strict=True)):
-                seen[i], _, fell, over, _ = env.step(action)
-                if fell or over:
-                    seen[i], _ = env.reset()
+            for i, (env, action) in enumerate(zip(envs, act(states, t), strict=True)):
+                states[i], _, terminated, truncated, _ = env.step(action)
+                if terminated or truncated:
+                    states[i], _ = env.reset()
             taken.append(time.perf_counter() - begin)
         return summary(taken)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     actions = np.random.default_rng(0).uniform(-1, 1, (300, EPISODES, ACTION)).astype(np.float32)
-    found = {"bare": run(lambda seen, t: actions[t])}
-    wanted = torch.ones(EPISODES, 1)
+    found = {"bare": run(lambda states, t: actions[t])}
+    returns_to_go = torch.ones(EPISODES, 1)
     with torch.inference_mode():
         net = nets["minrnn"]
         carried = [None, net.initial_state(EPISODES)]
 
-        def recurrent(seen, t):
-            carried[:] = net.step(wanted, torch.as_tensor(seen, dtype=torch.float32), carried[0], t, carried[1])
+        def recurrent(states, t):
+            carried[:] = net.step(
+                returns_to_go, torch.as_tensor(states, dtype=torch.float32), carried[0], t, carried[1]
+            )
             return carried[0].numpy()
 
         found["minrnn"] = run(recurrent)
         past = list(windows(EPISODES, CONTEXT, "cpu"))
 
-        def window(seen, t):
-            past[1] = torch.cat([past[1][:, 1:], torch.as_tensor(seen, dtype=torch.float32)[:, None]], 1)
+        def window(states, t):
+            past[1] = torch.cat([past[1][:, 1:], torch.as_tensor(states, dtype=torch.float32)[:, None]], 1)
             action = nets["Transformer"](*past)[:, -1]
             past[2] = torch.cat([past[2][:, 1:], action[:, None]], 1)
             return action.numpy()

@@ -45,7 +45,7 @@ Episode = dict[str, np.ndarray]  # by KEYS, one row a step
 Act = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # (n, S) observations to (n, A) float32 actions
 
 ROWS = {"random": 5_000, "medium": 100_000}  # of a file, and of each half of medium-expert
-GLANCE, LOOK = 10, 50  # episodes: of each checkpoint, and of those that may be medium or expert
+SCREEN, LOOK = 10, 50  # episodes: of each checkpoint, and of those that may be medium or expert
 BATCH = 20  # episodes played at once for a file
 CANDIDATES = 5  # for the expert
 REPLAY = 200_000  # rows of medium-replay; of a longer log, episodes are left out evenly
@@ -243,7 +243,7 @@ class Checkpoint:
     step: int
     episodes: int  # that had ended by then
     policy: Policy
-    score: float  # of GLANCE episodes
+    score: float  # of SCREEN episodes
 
 
 def train(env: str, seed: int, bar: tqdm) -> tuple[list[Checkpoint], list[Episode]]:
@@ -266,7 +266,7 @@ def train(env: str, seed: int, bar: tqdm) -> tuple[list[Checkpoint], list[Episod
         bar.update(step - bar.n)
         if step >= count * recipe.steps // recipe.checkpoints:
             policy = Policy.of(learner)
-            score = scores(env, play(env, policy, GLANCE, generator(seed, "glance", count))).mean()
+            score = scores(env, play(env, policy, SCREEN, generator(seed, "screen", count))).mean()
             checkpoints.append(Checkpoint(step, len(log), policy, score))
             bar.set_postfix_str(f"score {score:.1f}")
         return True
@@ -314,7 +314,7 @@ def thin(episodes: list[Episode], rows: int) -> list[Episode]:
 
 def generator(seed: int, purpose: str, number: int = 0) -> np.random.Generator:
     """One of its own for each purpose, so that what is made does not depend on what else is."""
-    return np.random.default_rng([seed, ("random", "glance", "look", "medium", "expert").index(purpose), number])
+    return np.random.default_rng([seed, ("random", "screen", "look", "medium", "expert").index(purpose), number])
 
 
 @dataclass

@@ -173,8 +173,8 @@ def bring_home(out: Path) -> None:
     with tarfile.open(out / "state.tar.gz") as archive:
         for member in archive.getmembers():
             place = Path(member.name)
-            wanted = place.name == "record.json" or place.parts[:2] == ("results", "bench")
-            target = results / place.relative_to("results") if wanted else None
+            kept = place.name == "record.json" or place.parts[:2] == ("results", "bench")
+            target = results / place.relative_to("results") if kept else None
             if target is None or (place.name == "record.json" and records.is_final(records.read_record(target))):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -96,7 +96,7 @@ class Planner:
     def go(self) -> None:
         queue, elsewhere, look = self.left(), [], 0.0
         bar = _Bar(self)
-        with self._told_to_stop(), bar:
+        with self._stop_signals(), bar:
             try:
                 while self.jobs or (not self.stopping and (queue or elsewhere)):
                     for job in [job for job in self.jobs if job.process.poll() is not None]:
@@ -124,7 +124,7 @@ class Planner:
         """Another process, which is told to stop as runs are; its exit code."""
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         self.jobs.append(Job(None, process, Path(), 0, contextlib.ExitStack()))
-        with self._told_to_stop():
+        with self._stop_signals():
             while process.poll() is None:
                 if self.seconds is not None and self.seconds < -GRACE:
                     self._tell_jobs()
@@ -204,7 +204,7 @@ class Planner:
         self.read(run)
 
     @contextlib.contextmanager
-    def _told_to_stop(self) -> Iterator[None]:
+    def _stop_signals(self) -> Iterator[None]:
         def stop(number, frame):
             if self.signal is None and self.jobs:
                 print("\nwaiting for the running runs' checkpoints", flush=True)
@@ -392,11 +392,11 @@ def main() -> int:
     if arguments.output_dir is None:  # a checkpoint of one folder's run is not another's
         arguments.output_dir = "outputs" if arguments.results_dir == "results" else f"{arguments.results_dir}/outputs"
     workers = arguments.workers or (1 if has_gpu() else cores())
-    plan = wanted(runs(profile, arguments.seeds), arguments.only)
+    plan = selected(runs(profile, arguments.seeds), arguments.only)
     parts = list(efficiency.PARTS[profile])
     if arguments.only is not None:
         parts += efficiency.ASKED.get(profile, ())
-        parts = [part for part in parts if _wanted((f"efficiency: {part}",), arguments.only)]
+        parts = [part for part in parts if _named((f"efficiency: {part}",), arguments.only)]
     if not plan and not parts:
         sys.exit(f"error: --only: no run of profile {profile} has {arguments.only!r} in its name; --list names all")
     settings = [
@@ -522,12 +522,20 @@ def same_as_before(planner: Planner, dataset: str) -> None:
     if path is None:
         env, _, level = dataset.removeprefix("local/").partition("-")
         raise data.DataError(f"{dataset} is not here: python -m scripts.collect env={env} level={level} makes it")
-    found = data.sha256(path)
-    for record in planner.known.values():
-        before = record.get("facts", {}).get("dataset_sha256", found)
-        if record["config"]["data"].get("dataset") == dataset and before != found:
+    before = {
+        record["facts"]["dataset_sha256"]: record["run_id"]
+        for record in planner.known.values()
+        if record["config"]["data"].get("dataset") == dataset and "dataset_sha256" in record.get("facts", {})
+    }
+    if not before:
+        return
+    from experiments.decision.data import dataset_checksum  # brings torch, which nothing else here needs
+
+    found = dataset_checksum(path, dataset)
+    for checksum, run in before.items():
+        if checksum != found:
             raise data.DataError(
-                f"{path} is not the file of record {record['run_id']} (sha256 {before[:12]}, got {found[:12]}); to do "
+                f"{path} does not hold the arrays of record {run} (sha256 {checksum[:12]}, got {found[:12]}); to do "
                 f"them all on this one, give another results folder, or remove the records of {dataset}"
             )
 
@@ -557,14 +565,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def wanted(plan: list[Run], only: str | None) -> list[Run]:
+def selected(plan: list[Run], only: str | None) -> list[Run]:
     """Those with `only` in a name; without it all but those that nobody does unless asked."""
     if only is not None:
-        return [run for run in plan if _wanted(run.labels, only)]
+        return [run for run in plan if _named(run.labels, only)]
     return [run for run in plan if any(run.config["profile"] not in cell.asked for cell in run.cells)]
 
 
-def _wanted(labels: Iterable[str], only: str | None) -> bool:
+def _named(labels: Iterable[str], only: str | None) -> bool:
     return only is None or any(only.lower() in label.lower() for label in labels)
 
 

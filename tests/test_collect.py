@@ -275,7 +275,7 @@ def test_a_long_log_is_thinned_by_whole_episodes_evenly():
 def small(tmp_path, monkeypatch, capsys):
     """Calls the command with a training of seconds."""
     monkeypatch.setitem(collect.RECIPES, "hopper", SMALL)
-    for name, value in {"GLANCE": 2, "LOOK": 3, "CANDIDATES": 2, "BATCH": 4}.items():
+    for name, value in {"SCREEN": 2, "LOOK": 3, "CANDIDATES": 2, "BATCH": 4}.items():
         monkeypatch.setattr(collect, name, value)
 
     def command(*arguments):

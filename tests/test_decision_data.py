@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import warnings
+from types import SimpleNamespace
 
 import gymnasium
 import h5py
@@ -14,6 +15,7 @@ import torch
 from experiments import data as files
 from experiments.data import DataError
 from experiments.decision import data
+from scripts import reproduce
 
 NAME = "local/hopper-medium"
 
@@ -521,3 +523,22 @@ def test_a_constant_observation_stays_finite(tmp_path):
     assert all(x.isfinite().all() for x in windows.left_padded(windows.batch(50, 0))[:4])
     with pytest.raises(ValueError, match="data.context_length: expected 1 at least, got 0"):
         data.Windows(data.read(tmp_path / "a.hdf5", NAME), 0, "cpu")
+
+
+def test_scores_on_other_arrays_are_not_joined(tmp_path, monkeypatch):
+    """A set collected anew has another file, for it holds times, and the same arrays."""
+    monkeypatch.setenv("MINRNN_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # away from data/
+    path = tmp_path / f"{NAME}.hdf5"
+    path.parent.mkdir()
+    checksum = data.dataset_checksum(save(path, steps((3, 1, 9, 7)), {"seconds": 1.0}), NAME)
+    record = {"run_id": "0123456789ab", "config": {"data": {"dataset": NAME}}, "facts": {"dataset_sha256": checksum}}
+    planner = SimpleNamespace(known={"0123456789ab": record})
+    save(path, steps((3, 1, 9, 7)), {"seconds": 2.0})
+    reproduce.same_as_before(planner, NAME)
+    save(path, steps((3, 1, 9, 7), seed=1))
+    with pytest.raises(DataError, match=f"{path} does not hold the arrays of record 0123456789ab"):
+        reproduce.same_as_before(planner, NAME)
+    path.unlink()
+    with pytest.raises(DataError, match="is not here: python -m scripts.collect env=hopper level=medium makes it"):
+        reproduce.same_as_before(planner, NAME)

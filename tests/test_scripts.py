@@ -403,7 +403,7 @@ def test_interquartile_means_are_of_the_same_datasets(tmp_path):
 
 def test_only_some_runs_are_asked_for():
     def labels(only):
-        return {run.label for run in reproduce.wanted(plan.runs("cpu", 1), only)}
+        return {run.label for run in reproduce.selected(plan.runs("cpu", 1), only)}
 
     assert labels("Layers 3") == {"selective_copy: minGRU, layers 3", "selective_copy: minLSTM, layers 3"}
     assert labels("hopper-medium-replay") == {  # one fills a cell of another table too
@@ -415,7 +415,7 @@ def test_only_some_runs_are_asked_for():
     asked = {label for label in every if "walker2d" in label or "halfcheetah" in label}
     assert labels(None) == every - asked and len(labels("walker2d")) == 3 * 6 + 1 == len(labels("halfcheetah")) + 1
     paper = plan.runs("paper", 1)
-    assert reproduce.wanted(paper, None) == paper
+    assert reproduce.selected(paper, None) == paper
 
 
 def test_the_step_of_a_policy_is_drawn_from_the_benchmark(tmp_path):

@@ -86,14 +86,14 @@ def generate(model: TokenModel, prompt: Tensor, settings: Settings) -> Iterator[
     """Ids, one after another, each with the state before it."""
     generator = torch.Generator(prompt.device).manual_seed(settings.seed)
     most = model.positions.num_embeddings if model.positions is not None else None
-    seen = prompt.tolist()
+    tokens = prompt.tolist()
     logits, state = start(model, prompt, most)
     for _ in range(settings.tokens):
         token = choose(logits[0], settings, generator)
         yield token.item(), state
-        seen.append(token.item())
+        tokens.append(token.item())
         if most is not None and int(state[0]) == most:
-            logits, state = start(model, torch.tensor(seen[-most // 2 :], device=prompt.device), most)
+            logits, state = start(model, torch.tensor(tokens[-most // 2 :], device=prompt.device), most)
         else:
             logits, state = model.step(token[None], state)
 

@@ -346,9 +346,9 @@ def _composite_backward(cell, inputs, h0, resets, reverse, backend, h, grad):
     first = slice(-1, None) if reverse else slice(0, 1)
     grad_h0 = None if h0 is None else (carried[:, first] * s[:, first]).sum(1).to(h0.dtype)
     reached = [(y, dy) for y, dy in ((a, s * previous), (b, s)) if y.requires_grad]
-    wanted = [x for x in inputs if x.requires_grad]
-    if not wanted:
+    differentiable = [x for x in inputs if x.requires_grad]
+    if not differentiable:
         return *(None for _ in inputs), grad_h0
     outputs, grad_outputs = zip(*reached, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True))
+    found = iter(torch.autograd.grad(outputs, differentiable, grad_outputs, create_graph=True))
     return *(next(found) if x.requires_grad else None for x in inputs), grad_h0

@@ -192,11 +192,11 @@ def _composite_backward(inputs, grad, grad_last):
     inputs = [None if x is None else x.view_as(x) for x in inputs]
     outputs = [(x, g) for x, g in zip(_reference(*inputs), (grad, grad_last), strict=True) if g is not None]
     outputs = [(x, g) for x, g in outputs if x.requires_grad]
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    if not outputs or not wanted:
+    differentiable = [x for x in inputs if x is not None and x.requires_grad]
+    if not outputs or not differentiable:
         return [None] * 6
     results, weights = zip(*outputs, strict=True)
-    found = iter(torch.autograd.grad(results, wanted, weights, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(results, differentiable, weights, create_graph=True, allow_unused=True))
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 
 
