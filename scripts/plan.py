@@ -187,9 +187,10 @@ TABLES = {
     ),
     "decision_variants": Table(
         title="Decision RNNs: what the choices are worth",
-        caption="minGRU on local/hopper-medium-replay. As above: windows padded on the right, which no model sees; "
-        "three tokens a step; the state carried through the episode; time embeddings start from N(0, 1), as published. "
-        "Padded on the left, as the published code does, padding runs through the recurrence.",
+        caption="On local/hopper-medium-replay. Where nothing is said, windows are padded on the right, which no model "
+        "sees, a step is three tokens, minimal RNNs carry their state through the episode, and timestep embeddings "
+        "start from N(0, 1), as published. Padded on the left, padding runs through the recurrence, as in Decision "
+        "Mamba's code. One token joins a step's state, return-to-go and the action before, as Decision S4 does.",
         column=None,
         settings=DECISION_SCALE,
         more=DECISION_COLUMNS,
@@ -294,9 +295,9 @@ WALKER = "data.dataset=local/walker2d-medium"
 SMALL_TIMES = "data.timestep_std=0.02"
 
 
-def _variant(order: int, row: str, *overrides: str) -> Cell:
+def _variant(order: int, row: str, model: str, *overrides: str) -> Cell:
     dataset = () if WALKER in overrides else ("data.dataset=local/hopper-medium-replay",)
-    settings, asked = ("model=mingru", *dataset, *overrides), () if dataset else ("cpu",)
+    settings, asked = (f"model={model}", *dataset, *overrides), () if dataset else ("cpu",)
     return Cell("decision_variants", row, "score", "score", "decision", settings, order, ("cpu",), asked)
 
 
@@ -380,12 +381,15 @@ CELLS = (
         for model in DECISION_MODELS
     ),
     Cell("decision_local", "minGRU", "hopper-random", "score", "decision", ("model=mingru",), 300, profiles=("smoke",)),
-    _variant(380, "as above"),
-    _variant(381, "padded on the left, context of 20", "data.padding=left", "eval.context_length=20"),
-    _variant(382, "one token a step", "data.tokens=1"),
-    _variant(383, "times start from N(0, 0.02)", SMALL_TIMES),
-    _variant(580, "walker2d-medium, as above", WALKER),
-    _variant(581, "walker2d-medium, times start from N(0, 0.02)", WALKER, SMALL_TIMES),
+    *(_variant(380, row, DECISION_MODELS[row]) for row in ("minGRU", "minLSTM", "DT")),
+    *(
+        _variant(381, f"{row}, timesteps from N(0, 0.02)", DECISION_MODELS[row], SMALL_TIMES)
+        for row in ("minGRU", "minLSTM", "DT")
+    ),
+    _variant(382, "minGRU, padded on the left, context of 20", "mingru", "data.padding=left", "eval.context_length=20"),
+    _variant(383, "minGRU, one token a step", "mingru", "data.tokens=1"),
+    _variant(580, "walker2d-medium, minGRU", "mingru", WALKER),
+    _variant(581, "walker2d-medium, minGRU, timesteps from N(0, 0.02)", "mingru", WALKER, SMALL_TIMES),
     *(_layers(order, "minLSTM", "minlstm", layers) for order, layers in ((40, 1), (60, 2), (20, 3))),
     *(_layers(order, "minGRU", "mingru", layers) for order, layers in ((30, 1), (50, 2), (10, 3))),
     *(_copying(COPYING_ORDER[row], row, f"model={model}") for row, model in COPYING_MODELS.items()),
