@@ -55,7 +55,7 @@ def bytes_moved(cell: str, dtype: torch.dtype) -> tuple[int, int]:
 
     The linear scan's backward does not need b.
     """
-    n, size = CELLS[cell], dtype.itemsize
+    n, size = len(CELLS[cell].inputs), dtype.itemsize
     return (n + 1) * size, (2 * n + 2 - (cell == "linear")) * size
 
 
@@ -72,7 +72,7 @@ def with_gradients(f, leaves, weight) -> list:
 
 
 def draw(cell: str, shape, dtype, device) -> list:
-    inputs = [torch.randn(shape) for _ in range(CELLS[cell])]
+    inputs = [torch.randn(shape) for _ in CELLS[cell].inputs]
     if cell == "linear":
         inputs[0] = torch.rand(shape)
     return [x.to(device, dtype).requires_grad_() for x in inputs]
@@ -131,7 +131,7 @@ def kernels(device: str) -> list[dict]:
                 wide = [x.detach().double().requires_grad_() for x in leaves]
 
                 def run(*x, cell=cell, backend="auto"):
-                    return scan(cell, x, backend=backend)
+                    return scan(CELLS[cell], x, backend=backend)
 
                 expected = with_gradients(partial(run, backend="reference"), wide, weight.double())
                 check(f"{cell} {shape} {dtype}", with_gradients(run, leaves, weight), expected, TOLERANCE[dtype])
@@ -232,10 +232,10 @@ def precision(device: str) -> list[dict]:
         inputs = [torch.randn(1, T, 64) for _ in range(2)]
         for dtype in dtypes(device):
             rounded = tuple(x.to(dtype) for x in inputs)
-            expected = scan("mingru_g", tuple(x.double() for x in rounded), backend="reference")
+            expected = scan(CELLS["mingru_g"], tuple(x.double() for x in rounded), backend="reference")
             here = tuple(x.to(device) for x in rounded)
             for backend in ("log", "reference", "auto"):
-                h = scan("mingru_g", here, backend=backend).cpu()
+                h = scan(CELLS["mingru_g"], here, backend=backend).cpu()
                 rows.append({"T": T, "dtype": str(dtype).removeprefix("torch."), "backend": backend})
                 rows[-1]["error"] = relative_error(h, expected)
                 rows[-1]["worst"] = ((h.double() - expected).abs() / expected).max().item()

@@ -19,6 +19,7 @@ from experiments.machine import keep_freed_memory
 from experiments.measure import relative_error, seconds, summary
 from minrnn.mixers import Mixer, make
 from minrnn.models import TokenModel
+from minrnn.ops.cells import CELLS
 from minrnn.ops.scan import scan
 
 BATCH, MICRO_BATCHES, MARKERS, VOCAB = 64, 2, 16, 16
@@ -68,7 +69,7 @@ def scans(T: int, device: str) -> Callable[[], object]:
 
     def run() -> None:
         for _ in range(LAYERS * MICRO_BATCHES):
-            torch.autograd.grad(scan("mingru_g", (x,)), x, weight)
+            torch.autograd.grad(scan(CELLS["mingru_g"], (x,)), x, weight)
 
     return run
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from .ops import scan as _scan_module  # noqa: F401  registers torch.ops.minrnn.scan
-from .ops.cells import CELLS
+from .ops.cells import CELLS, Cell
 
 try:
     from onnxscript import graph, ir, script
@@ -43,15 +43,16 @@ def _scan(
     backend: str,
 ) -> TensorType:
     """torch.ops.minrnn.scan in ONNX, whatever the backend: fp16 and bf16 accumulate in float32 here too."""
+    cell = CELLS[cell]
     half = x0.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
     def wide(x):
         return op.Cast(x, to=ir.DataType.FLOAT) if half else x
 
     if x1 is None:
-        inputs = op.Split(x0, axis=-1, num_outputs=CELLS[cell])
+        inputs = op.Split(x0, axis=-1, num_outputs=len(cell.inputs))
     else:
-        inputs = (x0, x1, x2)[: CELLS[cell]]
+        inputs = (x0, x1, x2)[: len(cell.inputs)]
     a, b = _coefficients(cell, [wide(x) for x in inputs])
     if resets is not None:
         a = op.Where(op.Unsqueeze(resets, op.Constant(value_ints=[2])), op.CastLike(0.0, a), a)
@@ -65,22 +66,21 @@ def _scan(
     return op.CastLike(h, x0) if half else h
 
 
-def _coefficients(cell: str, inputs: list):
+def _coefficients(cell: Cell, inputs: list):
     """`minrnn.ops.cells.coefficients` in ONNX, as stable as there."""
-    if cell == "linear":
+    if cell.kind == "linear":
         return inputs
     *gates, candidate = inputs
-    if cell.endswith("_g"):
+    if cell.activation == "g":
         positive = op.GreaterOrEqual(candidate, op.CastLike(0.0, candidate))
         candidate = op.Where(positive, op.Add(candidate, op.CastLike(0.5, candidate)), op.Sigmoid(candidate))
-    if cell.startswith("minlstm_unnormalized"):
-        forget_gate, input_gate = gates
-        return op.Sigmoid(forget_gate), op.Mul(op.Sigmoid(input_gate), candidate)
-    if cell.startswith("minlstm"):  # i / (f + i) = sigmoid(log i - log f)
-        forget_gate, input_gate = gates
-        gate = op.Sub(_log_sigmoid(input_gate), _log_sigmoid(forget_gate))
-    else:
+    if cell.kind == "mingru":
         (gate,) = gates
+    else:
+        forget_gate, input_gate = gates
+        if not cell.normalize:
+            return op.Sigmoid(forget_gate), op.Mul(op.Sigmoid(input_gate), candidate)
+        gate = op.Sub(_log_sigmoid(input_gate), _log_sigmoid(forget_gate))  # i / (f + i) = sigmoid(log i - log f)
     return op.Sigmoid(op.Neg(gate)), op.Mul(op.Sigmoid(gate), candidate)
 
 

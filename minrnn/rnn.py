@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .ops.cells import coefficients
+from .ops.cells import Cell, coefficients
 from .ops.scan import BACKENDS, is_autocast_enabled, scan
 
 # sigmoid(HOLD) is exactly 1 and sigmoid(-HOLD) exactly 0 in every dtype, and unlike inf it has no NaN derivative.
@@ -28,7 +28,7 @@ class _MinRNN(nn.Module):
 
     def __init__(
         self, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
-        activation, backend,
+        cell, backend,
     ):  # fmt: skip
         super().__init__()
         for name, value in {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}.items():
@@ -47,8 +47,6 @@ class _MinRNN(nn.Module):
                 f"got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=3,
             )
-        if activation not in ("g", "identity"):
-            raise ValueError(f"activation: expected 'g' or 'identity', got {activation!r}")
         if backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
         self.input_size = input_size
@@ -58,8 +56,8 @@ class _MinRNN(nn.Module):
         self.batch_first = batch_first
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
-        self.activation = activation
         self.backend = backend
+        self._cell = cell
         rows = len(self._hold) * hidden_size
         for layer in range(num_layers):
             columns = input_size if layer == 0 else hidden_size * len(self._directions)
@@ -71,9 +69,8 @@ class _MinRNN(nn.Module):
                     setattr(self, f"bias_ih_l{layer}{direction}", bias_ih)
 
     @property
-    def _cell(self) -> str:
-        """The name in `minrnn.ops.cells.CELLS`."""
-        raise NotImplementedError
+    def activation(self) -> str:
+        return self._cell.activation
 
     @property
     def _directions(self) -> tuple[str, ...]:
@@ -314,13 +311,9 @@ class MinGRU(_MinRNN):
     ):
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
-            activation, backend,
+            Cell("mingru", activation), backend,
         )  # fmt: skip
         self.reset_parameters()
-
-    @property
-    def _cell(self) -> str:
-        return f"mingru_{self.activation}"
 
 
 class MinLSTM(_MinRNN):
@@ -361,21 +354,20 @@ class MinLSTM(_MinRNN):
         forget_bias: float = 0.0,
         backend: str = "auto",
     ):
-        super().__init__(
-            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
-            activation, backend,
-        )  # fmt: skip
         if not isinstance(normalize_gates, bool):
             raise TypeError(f"normalize_gates: expected a bool, got {type(normalize_gates).__name__}")
+        super().__init__(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
+            Cell("minlstm", activation, normalize_gates), backend,
+        )  # fmt: skip
         if forget_bias and not bias:
             raise ValueError(f"forget_bias: expected 0 where bias=False, got {forget_bias}")
-        self.normalize_gates = normalize_gates
         self.forget_bias = forget_bias
         self.reset_parameters()
 
     @property
-    def _cell(self) -> str:
-        return f"minlstm_{'' if self.normalize_gates else 'unnormalized_'}{self.activation}"
+    def normalize_gates(self) -> bool:
+        return self._cell.normalize
 
     def reset_parameters(self) -> None:
         """torch.nn.Linear's default (see `MinGRU.reset_parameters`), and forget_bias added to b_f."""

@@ -438,12 +438,12 @@ class Run:
 
 
 def runs(profile: str, seeds: int, cells: Iterable[Cell] = CELLS) -> list[Run]:
-    """Every run once: those of a seed of their own, then most wanted first, all of seed 0 before any of seed 1."""
+    """Every run once, most wanted first, all of seed 0 before any of seed 1; those of a seed of their own come last."""
     groups: dict[str, list[Cell]] = {}
     for cell in sorted((cell for cell in cells if profile in cell.profiles), key=lambda cell: cell.order):
         groups.setdefault(group_id(cell.config(profile)), []).append(cell)
     found = []
-    for seed in (CHOICE_SEED, *range(seeds)):
+    for seed in (*range(seeds), CHOICE_SEED):
         for group, filled in groups.items():
             own = filled[0].seeds
             if seed not in (range(seeds) if own is None else own):

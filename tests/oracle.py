@@ -2,7 +2,7 @@
 
 import torch
 
-from minrnn.ops.cells import CELLS
+from minrnn.ops.cells import LINEAR
 from minrnn.ops.scan import scan
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -10,8 +10,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-2, tor
 
 def draw(cell, B, T, D, dtype=torch.float32, device="cpu", scale=1.0):
     """Inputs of a cell: normal pre-activations; coefficients in (0, 1) for the linear scan."""
-    inputs = [torch.randn(B, T, D) * scale for _ in range(CELLS[cell])]
-    if cell == "linear":
+    inputs = [torch.randn(B, T, D) * scale for _ in cell.inputs]
+    if cell == LINEAR:
         inputs[0] = torch.rand(B, T, D)
     return [x.to(device, dtype) for x in inputs]
 
@@ -61,8 +61,8 @@ def assert_matches_float64(
         finite = e.isfinite()
         norm = e[finite].norm().item()
         error = (g[finite] - e[finite]).norm().item()
-        assert error <= tolerance * norm, f"{cell} {name}: relative error {error / norm if norm else error:.1e}"
+        assert error <= tolerance * norm, f"{cell.name} {name}: relative error {error / norm if norm else error:.1e}"
 
 
 def _width(cell, inputs):
-    return inputs[0].shape[2] // (CELLS[cell] if len(inputs) == 1 else 1)
+    return inputs[0].shape[2] // (len(cell.inputs) if len(inputs) == 1 else 1)

@@ -72,17 +72,17 @@ class Scans(nn.Module):
         ]
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 def test_every_cell(cell):
     def arguments(B, T):
-        inputs = [torch.randn(B, T, H) * 30 for _ in range(CELLS[cell])]  # gates far into saturation
-        if cell == "linear":
+        inputs = [torch.randn(B, T, H) * 30 for _ in cell.inputs]  # gates far into saturation
+        if cell.kind == "linear":
             inputs[0] = inputs[0].tanh()
         return inputs, torch.randn(B, H), torch.rand(B, T) < 0.3
 
     model = Scans(cell)
     both = {0: DYNAMIC, 1: DYNAMIC}
-    run = exported(model, arguments(3, 4), {"inputs": [both] * CELLS[cell], "h0": {0: DYNAMIC}, "resets": both})
+    run = exported(model, arguments(3, 4), {"inputs": [both] * len(cell.inputs), "h0": {0: DYNAMIC}, "resets": both})
     inputs, h0, resets = arguments(2, 7)
     for got, want in zip(run(*inputs, h0, resets), model(inputs, h0, resets), strict=True):
         close(got, want)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minrnn.ops import available_backends, linear_scan, mingru_scan, minlstm_scan
-from minrnn.ops.cells import CELLS
+from minrnn.ops.cells import CELLS, LINEAR
 from minrnn.ops.scan import scan
 from tests.oracle import assert_matches_float64, draw, evaluate
 
@@ -21,11 +21,12 @@ DEVICE = {"cpu": "cpu", "triton": "cuda" if CUDA else "cpu"}
 NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 COMPILED = ("cpu", pytest.param("triton", marks=NO_TRITON))
 INTERPRETED = () if CUDA else ("triton",)  # 20 thousand elements a second: small shapes only
+MINGRU, MINLSTM = CELLS["mingru_g"], CELLS["minlstm_g"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 NO_BFLOAT16 = CUDA and torch.cuda.get_device_capability() < (8, 0)
 backends = pytest.mark.parametrize("backend", COMPILED)
-cells = pytest.mark.parametrize("cell", CELLS)
+cells = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 
 
 def skip_without_bfloat16(backend, dtype):
@@ -49,16 +50,16 @@ def plain_loop(cell, inputs, h0):
             state = float(h0[b, d])
             for t in range(T):
                 x = [float(v[b, t, d]) for v in inputs]
-                if cell == "linear":
+                if cell == LINEAR:
                     state = x[0] * state + x[1]
-                elif cell.startswith("mingru"):
+                elif cell.kind == "mingru":
                     z = sigmoid(x[0])
-                    state = (1 - z) * state + z * (g(x[1]) if cell.endswith("_g") else x[1])
+                    state = (1 - z) * state + z * (g(x[1]) if cell.activation == "g" else x[1])
                 else:
                     f, i = sigmoid(x[0]), sigmoid(x[1])
-                    if "unnormalized" not in cell:
+                    if cell.normalize:
                         f, i = f / (f + i), i / (f + i)
-                    state = f * state + i * (g(x[2]) if cell.endswith("_g") else x[2])
+                    state = f * state + i * (g(x[2]) if cell.activation == "g" else x[2])
                 h[b, t, d] = state
     return h
 
@@ -98,10 +99,10 @@ def test_outputs_and_gradients(cell, dtype, backend):
 @backends
 @pytest.mark.parametrize("B, T, D", [(0, 5, 3), (2, 0, 3), (2, 5, 0), (1, 1, 1), (3, 1, 17), (1, 2, 16)])
 def test_empty_and_short(B, T, D, backend):
-    inputs = draw("mingru_g", B, T, D, device=DEVICE[backend])
+    inputs = draw(MINGRU, B, T, D, device=DEVICE[backend])
     h0 = torch.randn(B, D, device=DEVICE[backend])
-    assert_matches_float64("mingru_g", inputs, h0, backend=backend)
-    assert_matches_float64("mingru_g", inputs, backend=backend)
+    assert_matches_float64(MINGRU, inputs, h0, backend=backend)
+    assert_matches_float64(MINGRU, inputs, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -120,11 +121,11 @@ def test_long_sequences(cell, dtype):
 def test_saturated_gates(cell, backend):
     """Pre-activations of ±1e4 among ordinary ones."""
     inputs = draw(cell, 2, 41, 19, device=DEVICE[backend])
-    for x in inputs[cell == "linear" :]:
+    for x in inputs[cell == LINEAR :]:
         x[torch.rand_like(x) < 0.3] = 1e4
         x[torch.rand_like(x) < 0.3] = -1e4
     assert_matches_float64(cell, inputs, torch.randn(2, 19).to(inputs[0]), backend=backend)
-    if cell != "linear":
+    if cell != LINEAR:
         assert_matches_float64(cell, [torch.full_like(x, -1e4) for x in inputs], backend=backend)
 
 
@@ -132,7 +133,7 @@ def test_saturated_gates(cell, backend):
 @cells
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")), ids=str)
 def test_nan_and_infinity_travel(cell, value, backend):
-    for place in range(CELLS[cell]):
+    for place in range(len(cell.inputs)):
         inputs = draw(cell, 2, 23, 18, device=DEVICE[backend])
         inputs[place][0, 7, 3] = inputs[place][1, 11, 17] = value
         h0 = torch.randn(2, 18).to(inputs[0])
@@ -178,13 +179,13 @@ def laid_out(x, layout):
 @given(data=st.data())
 @backends
 def test_any_shape_layout_and_dtype(backend, data):
-    cell = data.draw(st.sampled_from(list(CELLS)), "cell")
+    cell = data.draw(st.sampled_from(list(CELLS.values())), "cell")
     missing = (torch.bfloat16,) if NO_BFLOAT16 and backend == "triton" else ()
     dtype = data.draw(st.sampled_from([d for d in DTYPES if d not in missing]), "dtype")
     small = backend in INTERPRETED
     B, T, D = (data.draw(st.integers(1, n), name) for n, name in ((3, "B"), (9 if small else 40, "T"), (40, "D")))
     torch.manual_seed(data.draw(st.integers(0, 99), "seed"))
-    layouts = [data.draw(st.sampled_from(LAYOUTS), "layout") for _ in range(CELLS[cell])]
+    layouts = [data.draw(st.sampled_from(LAYOUTS), "layout") for _ in range(len(cell.inputs))]
     inputs = [
         laid_out(x, layout) for x, layout in zip(draw(cell, B, T, D, dtype, DEVICE[backend]), layouts, strict=True)
     ]
@@ -210,10 +211,10 @@ def test_views_of_a_projection_are_read_in_place():
 
 @backends
 def test_output_follows_the_inputs_memory_order(backend):
-    time_first = [x.transpose(0, 1) for x in draw("mingru_g", 9, 4, 33, device=DEVICE[backend])]
-    h = scan("mingru_g", tuple(time_first), backend=backend)
+    time_first = [x.transpose(0, 1) for x in draw(MINGRU, 9, 4, 33, device=DEVICE[backend])]
+    h = scan(MINGRU, tuple(time_first), backend=backend)
     assert h.shape == (4, 9, 33) and h.transpose(0, 1).is_contiguous()
-    assert scan("mingru_g", tuple(x.contiguous() for x in time_first), backend=backend).is_contiguous()
+    assert scan(MINGRU, tuple(x.contiguous() for x in time_first), backend=backend).is_contiguous()
 
 
 @backends
@@ -231,14 +232,14 @@ def test_whole_is_stepwise_is_chunked(cell, backend):
 
 @backends
 def test_resets_are_sequences_of_their_own(backend):
-    inputs = draw("minlstm_g", 1, 24, 17, torch.float64, DEVICE[backend])
+    inputs = draw(MINLSTM, 1, 24, 17, torch.float64, DEVICE[backend])
     lengths = (5, 1, 11, 7)
     resets = torch.zeros(1, 24, dtype=torch.bool, device=inputs[0].device)
     resets[0, [0, 5, 6, 17]] = True
     h0 = torch.full((1, 17), float("nan")).to(inputs[0])
-    packed = scan("minlstm_g", tuple(inputs), h0, resets, backend=backend)
+    packed = scan(MINLSTM, tuple(inputs), h0, resets, backend=backend)
     parts = zip(*(x.split(lengths, 1) for x in inputs), strict=True)
-    alone = [scan("minlstm_g", part, backend=backend) for part in parts]
+    alone = [scan(MINLSTM, part, backend=backend) for part in parts]
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-14, atol=1e-14)
 
 
@@ -273,7 +274,7 @@ def test_few_wide_rows_are_divided_among_threads():
             assert len(set(shares)) == len(shares) <= 8
     finally:
         torch.set_num_threads(threads)
-    assert_matches_float64("mingru_g", draw("mingru_g", 1, 30, 20001), torch.randn(1, 20001))
+    assert_matches_float64(MINGRU, draw(MINGRU, 1, 30, 20001), torch.randn(1, 20001))
 
 
 @pytest.mark.parametrize("backend", ("reference", "cpu"))
@@ -294,13 +295,13 @@ def test_first_and_second_derivatives(cell, backend, options):
 @backends
 @pytest.mark.parametrize("packed", (False, True))
 def test_second_derivatives_of_compiled_backends(backend, packed):
-    inputs = [x.requires_grad_() for x in draw("mingru_g", 1, 3, 2, torch.float64, DEVICE[backend])]
+    inputs = [x.requires_grad_() for x in draw(MINGRU, 1, 3, 2, torch.float64, DEVICE[backend])]
     leaves = [torch.cat(inputs, -1).detach().requires_grad_()] if packed else inputs
-    assert torch.autograd.gradgradcheck(lambda *x: scan("mingru_g", x, backend=backend), leaves)
+    assert torch.autograd.gradgradcheck(lambda *x: scan(MINGRU, x, backend=backend), leaves)
 
 
 def test_gradients_only_where_asked():
-    gate, candidate = draw("mingru_g", 2, 5, 3, torch.float64)
+    gate, candidate = draw(MINGRU, 2, 5, 3, torch.float64)
     candidate.requires_grad_()
     h = mingru_scan(gate, candidate)
     first = torch.autograd.grad(h.sum(), candidate, create_graph=True)[0]
@@ -317,7 +318,7 @@ DEPENDENT = {
 
 
 @pytest.mark.parametrize("inputs", DEPENDENT.values(), ids=DEPENDENT)
-@pytest.mark.parametrize("cell", ("linear", "mingru_g"))
+@pytest.mark.parametrize("cell", (LINEAR, MINGRU), ids=("linear", "mingru_g"))
 def test_derivatives_where_one_input_depends_on_the_other(cell, inputs):
     x = torch.rand(2, 5, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 5, 3, dtype=torch.float64)
@@ -342,7 +343,7 @@ def test_forward_mode_is_refused_by_name():
 @backends
 @pytest.mark.parametrize("packed", (False, True))
 def test_registration_with_torch(backend, packed):
-    inputs = draw("minlstm_g", 2, 5, 17, device=DEVICE[backend])
+    inputs = draw(MINLSTM, 2, 5, 17, device=DEVICE[backend])
     if packed:
         inputs = [torch.cat(inputs, -1), None, None]
     leaves = [None if x is None else x.requires_grad_() for x in inputs]
@@ -367,7 +368,7 @@ def test_compile_and_export():
     def f(gate, candidate, h0):
         return mingru_scan(gate.tanh(), candidate, h0).sin()
 
-    arguments = [x.requires_grad_() for x in (*draw("mingru_g", 2, 9, 18), torch.randn(2, 18))]
+    arguments = [x.requires_grad_() for x in (*draw(MINGRU, 2, 9, 18), torch.randn(2, 18))]
     expected = f(*arguments)
     expected_grads = torch.autograd.grad(expected.sum(), arguments)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
@@ -390,7 +391,7 @@ def test_compile_and_export():
 
 
 def test_autocast_takes_the_widest_dtype():
-    gate, candidate = draw("mingru_g", 2, 9, 18)
+    gate, candidate = draw(MINGRU, 2, 9, 18)
     h0 = torch.randn(2, 18)
     with torch.autocast("cpu", torch.bfloat16):
         assert mingru_scan(gate.bfloat16(), candidate.bfloat16()).dtype == torch.bfloat16
@@ -400,14 +401,14 @@ def test_autocast_takes_the_widest_dtype():
 
 
 def test_public_scans_name_their_cells():
-    x = draw("minlstm_g", 2, 5, 3)
+    x = draw(MINLSTM, 2, 5, 3)
     for activation in ("g", "identity"):
         for actual, cell in (
             (mingru_scan(*x[:2], activation=activation), f"mingru_{activation}"),
             (minlstm_scan(*x, activation=activation), f"minlstm_{activation}"),
             (minlstm_scan(*x, activation=activation, normalize=False), f"minlstm_unnormalized_{activation}"),
         ):
-            assert torch.equal(actual, scan(cell, tuple(x[: CELLS[cell]])))
+            assert torch.equal(actual, scan(CELLS[cell], tuple(x[: len(CELLS[cell].inputs)])))
 
 
 x = torch.zeros(2, 5, 3)

@@ -18,10 +18,11 @@ import torch
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from minrnn.ops import triton_scan  # noqa: E402
-from minrnn.ops.cells import CELLS  # noqa: E402
+from minrnn.ops.cells import CELLS, LINEAR  # noqa: E402
 from minrnn.ops.scan import scan  # noqa: E402
 from tests.oracle import assert_matches_float64, evaluate  # noqa: E402
 
+MINGRU, MINLSTM = CELLS["mingru_g"], CELLS["minlstm_g"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: too large for the interpreter")
 
@@ -42,8 +43,8 @@ def split_into(monkeypatch, steps):
 def make(cell, B, T, D, dtype=torch.float32, seed=0):
     """Inputs, h0, resets and the gradient of the states, on the device."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = [torch.randn(B, T, D, generator=generator) for _ in range(CELLS[cell])]
-    if cell == "linear":
+    inputs = [torch.randn(B, T, D, generator=generator) for _ in cell.inputs]
+    if cell == LINEAR:
         inputs[0] = inputs[0].tanh()
     h0, grad = torch.randn(B, D, generator=generator), torch.randn(B, T, D, generator=generator)
     resets = (torch.rand(B, T, generator=generator) < 0.15).to(DEVICE)
@@ -55,7 +56,7 @@ def check(cell, inputs, h0, resets, reverse, grad):
 
 
 @pytest.mark.parametrize("given, reverse", [("", False), ("h0", True), ("resets", False), ("h0 and resets", True)])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 def test_every_cell(cell, given, reverse, regime):
     inputs, (h0,), resets, grad = make(cell, 2, 63, 5)
     check(cell, inputs, h0 if "h0" in given else None, resets if "resets" in given else None, reverse, grad)
@@ -63,12 +64,12 @@ def test_every_cell(cell, given, reverse, regime):
 
 @pytest.mark.parametrize("B, T, D", [(1, 1, 1), (3, 2, 33), (2, 15, 1), (1, 16, 100), (1, 17, 32), (1, 67, 33)])
 def test_shapes(B, T, D, regime):
-    inputs, (h0,), resets, grad = make("mingru_g", B, T, D)
-    check("mingru_g", inputs, h0, resets, False, grad)
+    inputs, (h0,), resets, grad = make(MINGRU, B, T, D)
+    check(MINGRU, inputs, h0, resets, False, grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("cell", ["linear", "mingru_g", "minlstm_g", "minlstm_unnormalized_g"])
+@pytest.mark.parametrize("cell", [LINEAR, MINGRU, MINLSTM, CELLS["minlstm_unnormalized_g"]], ids=lambda cell: cell.name)
 def test_dtypes(cell, dtype, regime):
     if DEVICE == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this GPU has no bfloat16")
@@ -105,13 +106,13 @@ def layouts():
 @pytest.mark.parametrize("layout", layouts())
 def test_layouts(layout, reverse, regime):
     gate, candidate, h0, resets, grad = layouts()[layout]
-    check("mingru_g", (gate, candidate), h0, resets, reverse, grad)
+    check(MINGRU, (gate, candidate), h0, resets, reverse, grad)
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_fills_what_it_is_given(reverse, regime):
     """Called as scan.py does, with outputs of odd strides inside larger memory that must stay as it is."""
-    cell, (B, T, D) = "minlstm_g", (2, 19, 5)
+    cell, (B, T, D) = MINLSTM, (2, 19, 5)
     inputs, (h0,), resets, grad = make(cell, B, T, D)
     memory = torch.full((5, T + 2, B, D + 3), torch.nan, device=DEVICE)
     out, *grads = memory[:4, 1:-1, :, 2:-1].transpose(1, 2)
@@ -124,7 +125,7 @@ def test_fills_what_it_is_given(reverse, regime):
     assert memory.isnan().sum() == memory.numel() - 4 * out.numel()
 
 
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "linear"])
+@pytest.mark.parametrize("cell", [cell for cell in CELLS.values() if cell != LINEAR], ids=lambda cell: cell.name)
 def test_saturated_gates(cell, regime):
     inputs, (h0,), resets, grad = make(cell, 2, 37, 5)
     for x in inputs[:-1]:
@@ -145,10 +146,10 @@ def same_special_values(cell, inputs, h0, resets, reverse, grad):
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["with resets", "reverse"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 def test_special_values_travel_as_in_the_loop(cell, value, reverse, regime):
     """One special value a channel: in an input, in h0 or in the gradient; in time before or after a reset."""
-    n = CELLS[cell]
+    n = len(cell.inputs)
     inputs, (h0,), resets, grad = make(cell, 2, 53, 2 * n + 6)
     resets[:, 30:] = False
     resets[0, 40] = True
@@ -166,19 +167,19 @@ def test_products_beyond_the_range_of_floats(regime):
     h0 = torch.tensor([[0.0, 1.0, torch.inf, -torch.inf, 1.0, torch.inf, torch.inf]]).to(DEVICE)
     b, grad = torch.zeros(1, 80, 7, device=DEVICE), torch.zeros(1, 80, 7, device=DEVICE)
     for reverse in (False, True):
-        same_special_values("linear", (a, b), h0, None, reverse, grad)
+        same_special_values(LINEAR, (a, b), h0, None, reverse, grad)
         edge = grad.clone()
         edge[:, 0 if reverse else -1] = h0
-        same_special_values("linear", (a, b), torch.zeros_like(h0), None, reverse, edge)
+        same_special_values(LINEAR, (a, b), torch.zeros_like(h0), None, reverse, edge)
 
 
 def test_channels_do_not_touch(regime):
     """Not a bit of a channel changes because its neighbour is NaN."""
-    inputs, (h0,), resets, grad = make("mingru_g", 1, 53, 4)
-    clean = evaluate("mingru_g", inputs, h0, None, False, "triton", grad)
+    inputs, (h0,), resets, grad = make(MINGRU, 1, 53, 4)
+    clean = evaluate(MINGRU, inputs, h0, None, False, "triton", grad)
     for x in (*inputs, grad):
         x[:, 20, 1] = torch.nan
-    dirty = evaluate("mingru_g", inputs, h0, None, False, "triton", grad)
+    dirty = evaluate(MINGRU, inputs, h0, None, False, "triton", grad)
     for name, x in clean.items():
         keep = [0, 2, 3]
         assert torch.equal(x[..., keep], dirty[name][..., keep]), name
@@ -186,9 +187,9 @@ def test_channels_do_not_touch(regime):
 
 
 def test_deterministic(regime):
-    inputs, (h0,), resets, grad = make("minlstm_g", 2, 53, 5)
-    first = evaluate("minlstm_g", inputs, h0, resets, False, "triton", grad)
-    again = evaluate("minlstm_g", inputs, h0, resets, False, "triton", grad)
+    inputs, (h0,), resets, grad = make(MINLSTM, 2, 53, 5)
+    first = evaluate(MINLSTM, inputs, h0, resets, False, "triton", grad)
+    again = evaluate(MINLSTM, inputs, h0, resets, False, "triton", grad)
     assert all(torch.equal(x, again[name]) for name, x in first.items())
 
 
@@ -209,7 +210,7 @@ def test_chunks_cover_time_and_fill_the_gpu(B, T, D, monkeypatch):
 
 @needs_gpu
 @pytest.mark.parametrize("B, T, D", [(1, 65536, 33), (8, 512, 1000), (70000, 3, 33), (1, 4096, 1)])
-@pytest.mark.parametrize("cell", ["linear", "mingru_g", "minlstm_g"])
+@pytest.mark.parametrize("cell", [LINEAR, MINGRU, MINLSTM], ids=lambda cell: cell.name)
 def test_large_shapes(cell, B, T, D):
     inputs, (h0,), resets, grad = make(cell, B, T, D)
     check(cell, inputs, h0, resets, False, grad)
@@ -222,8 +223,10 @@ def test_offsets_beyond_32_bits():
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GB of free GPU memory")
     gate = torch.randn(1, T, D, device=DEVICE, dtype=torch.float16).expand(B, T, D)
-    out = scan("mingru_identity", (gate, gate), backend="triton")
-    torch.testing.assert_close(out[-1, :, -5:], scan("mingru_identity", (gate[:1, :, -5:],) * 2, backend="triton")[0])
+    out = scan(CELLS["mingru_identity"], (gate, gate), backend="triton")
+    torch.testing.assert_close(
+        out[-1, :, -5:], scan(CELLS["mingru_identity"], (gate[:1, :, -5:],) * 2, backend="triton")[0]
+    )
 
 
 @needs_gpu
@@ -236,8 +239,8 @@ def test_launched_kernels_stay_in_registers(regime, monkeypatch):
 
     monkeypatch.setattr(triton_scan, "_launch", launch)
     for D in (64, 33):
-        inputs, (h0,), resets, grad = make("mingru_g", 2, 64, D)
-        evaluate("mingru_g", inputs, h0, resets, False, "triton", grad)
+        inputs, (h0,), resets, grad = make(MINGRU, 2, 64, D)
+        evaluate(MINGRU, inputs, h0, resets, False, "triton", grad)
     kernels = {id(kernel): kernel for kernel in compiled}
     assert len(compiled) == 2 * len(kernels), "one binary must serve both layouts"
     for kernel in kernels.values():
@@ -261,7 +264,7 @@ def launches(cell, dtype, resets, split):
     triton_scan._launch = lambda kernel, programs, **arguments: found.append((kernel, arguments))
     triton_scan._chunk_steps = lambda B, T, D, device: 32 if split else T
     x = torch.empty(2, 64, 32, dtype=dtype)
-    inputs = (x,) * CELLS[cell]
+    inputs = (x,) * len(cell.inputs)
     resets = torch.empty(2, 64, dtype=torch.bool) if resets else None
     triton_scan.forward(cell, inputs, x[:, 0], resets, False, x)
     triton_scan.backward(cell, inputs, x[:, 0], resets, False, x, x, inputs, x[:, 0])
@@ -303,7 +306,7 @@ def resources(cubin):
 def compile_all():
     """Prints one line of JSON per compiled kernel."""
     for cell, dtype, resets, split in COMPILED:
-        for kernel, arguments in launches(cell, getattr(torch, dtype), resets, split):
+        for kernel, arguments in launches(CELLS[cell], getattr(torch, dtype), resets, split):
             for architecture in ARCHITECTURES:
                 if dtype == "bfloat16" and architecture < 80:
                     continue

@@ -1,6 +1,6 @@
 """The gated forms of h_t = a_t h_{t-1} + b_t, written once in torch.
 
-A *cell* names how the inputs of a scan become the coefficients (a, b). The compiled backends fuse these
+A *cell* says how the inputs of a scan become the coefficients (a, b). The compiled backends fuse these
 formulas with the scan; the reference and log-space backends, double backward and `step` use them as they
 stand here.
 
@@ -8,19 +8,52 @@ Source: "Were RNNs All We Needed?", arXiv 2410.01201, sections 3.1 (minGRU), 3.2
 (the activation g and the log-space forms).
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Cell name -> how many inputs it takes.
+INPUTS = {
+    "linear": ("a", "b"),
+    "mingru": ("gate", "candidate"),
+    "minlstm": ("forget_gate", "input_gate", "candidate"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    kind: str  # a key of INPUTS
+    activation: str = "identity"  # of the candidate: "g" or "identity"
+    normalize: bool = False  # minLSTM's gates divided by their sum
+
+    def __post_init__(self):
+        if self.activation not in ("g", "identity"):
+            raise ValueError(f"activation: expected 'g' or 'identity', got {self.activation!r}")
+        if not isinstance(self.normalize, bool):
+            raise TypeError(f"normalize: expected a bool, got {type(self.normalize).__name__}")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return INPUTS[self.kind]
+
+    @property
+    def name(self) -> str:
+        """The key in CELLS: torch's operators take strings."""
+        if self.kind == "linear":
+            return "linear"
+        independent = self.kind == "minlstm" and not self.normalize
+        return f"{self.kind}_{'unnormalized_' if independent else ''}{self.activation}"
+
+
+LINEAR = Cell("linear")
 CELLS = {
-    "linear": 2,
-    "mingru_g": 2,
-    "mingru_identity": 2,
-    "minlstm_g": 3,
-    "minlstm_identity": 3,
-    "minlstm_unnormalized_g": 3,
-    "minlstm_unnormalized_identity": 3,
+    cell.name: cell
+    for cell in (
+        LINEAR,
+        *(Cell("mingru", activation) for activation in ("g", "identity")),
+        *(Cell("minlstm", activation, normalize) for normalize in (True, False) for activation in ("g", "identity")),
+    )
 }
 
 
@@ -34,40 +67,37 @@ def log_g(x: Tensor) -> Tensor:
     return torch.where(x >= 0, torch.log(F.relu(x) + 0.5), F.logsigmoid(x))
 
 
-def coefficients(cell: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """(a, b) of the recurrence, each of the inputs' shape and dtype.
-
-    linear: inputs (a, b). minGRU: (gate, candidate). minLSTM: (forget_gate, input_gate, candidate).
-    """
-    if cell == "linear":
+def coefficients(cell: Cell, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """(a, b) of the recurrence, each of the inputs' shape and dtype; the inputs are those that INPUTS names."""
+    if cell.kind == "linear":
         return inputs
     *gates, candidate = inputs
-    if cell.endswith("_g"):
+    if cell.activation == "g":
         candidate = g(candidate)
-    if cell.startswith("mingru"):
+    if cell.kind == "mingru":
         (gate,) = gates
         return torch.sigmoid(-gate), torch.sigmoid(gate) * candidate
     forget_gate, input_gate = gates
-    if cell.startswith("minlstm_unnormalized"):
+    if not cell.normalize:
         return torch.sigmoid(forget_gate), torch.sigmoid(input_gate) * candidate
     # f / (f + i) = sigmoid(log f - log i): defined also where both gates underflow.
     balance = F.logsigmoid(forget_gate) - F.logsigmoid(input_gate)
     return torch.sigmoid(balance), torch.sigmoid(-balance) * candidate
 
 
-def log_coefficients(cell: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def log_coefficients(cell: Cell, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """(log a, log b), as the paper's appendix B computes them. The inputs' shape and dtype."""
-    if cell == "linear":
+    if cell.kind == "linear":
         a, b = inputs
         return a.log(), b.log()
     *gates, candidate = inputs
-    log_candidate = log_g(candidate) if cell.endswith("_g") else candidate.log()
-    if cell.startswith("mingru"):
+    log_candidate = log_g(candidate) if cell.activation == "g" else candidate.log()
+    if cell.kind == "mingru":
         (gate,) = gates
         return F.logsigmoid(-gate), F.logsigmoid(gate) + log_candidate
     forget_gate, input_gate = gates
     log_f, log_i = F.logsigmoid(forget_gate), F.logsigmoid(input_gate)
-    if cell.startswith("minlstm_unnormalized"):
+    if not cell.normalize:
         return log_f, log_i + log_candidate
     balance = log_f - log_i
     return F.logsigmoid(balance), F.logsigmoid(-balance) + log_candidate

@@ -19,10 +19,10 @@ on timing.
 import math
 import os
 import warnings
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
+
+from .cells import CELLS, Cell
 
 # Channels of a block. A block of the linear scan is so short a loop that the compiler unrolls one of 16 before it
 # comes to vectorise it, and then does that badly; with 32 it does not. The gated ones lose by more than 16.
@@ -248,48 +250,30 @@ def _(x, value):
 
 
 # --- the cells ---------------------------------------------------------------------------------------------
-# A cell's tag is a type of its own. `_coefficients` gives (a, b); `_gradients` gives, for the gradient s that
-# reaches a state and the state `previous` to it, the gradient that goes on to `previous` (a s) and those of
-# the three inputs (a dummy where there is no third). The formulas are those of cells.py.
+# `_coefficients` gives (a, b); `_gradients` gives, for the gradient s that reaches a state and the state
+# `previous` to it, the gradient that goes on to `previous` (a s) and those of gate, input_gate (a dummy where
+# there is none) and candidate. The linear scan's a and b stand in the places of gate and candidate, minLSTM's
+# forget gate in that of gate. The formulas are those of cells.py.
 
+# numba specialises by type and finds a type again in its cache by its name here: one for each cell.
+_Linear = namedtuple("_Linear", ())
+_MinGRU = namedtuple("_MinGRU", ())
+_MinGRUIdentity = namedtuple("_MinGRUIdentity", ())
+_MinLSTM = namedtuple("_MinLSTM", ())
+_MinLSTMIdentity = namedtuple("_MinLSTMIdentity", ())
+_MinLSTMUnnormalized = namedtuple("_MinLSTMUnnormalized", ())
+_MinLSTMUnnormalizedIdentity = namedtuple("_MinLSTMUnnormalizedIdentity", ())
 
-class _Linear(NamedTuple):
-    pass
-
-
-class _MinGRU(NamedTuple):
-    pass
-
-
-class _MinGRUIdentity(NamedTuple):
-    pass
-
-
-class _MinLSTM(NamedTuple):
-    pass
-
-
-class _MinLSTMIdentity(NamedTuple):
-    pass
-
-
-class _MinLSTMUnnormalized(NamedTuple):
-    pass
-
-
-class _MinLSTMUnnormalizedIdentity(NamedTuple):
-    pass
-
-
-_CELL_TAGS = {
-    "linear": _Linear(),
-    "mingru_g": _MinGRU(),
-    "mingru_identity": _MinGRUIdentity(),
-    "minlstm_g": _MinLSTM(),
-    "minlstm_identity": _MinLSTMIdentity(),
-    "minlstm_unnormalized_g": _MinLSTMUnnormalized(),
-    "minlstm_unnormalized_identity": _MinLSTMUnnormalizedIdentity(),
+_CELLS = {
+    _Linear: CELLS["linear"],
+    _MinGRU: CELLS["mingru_g"],
+    _MinGRUIdentity: CELLS["mingru_identity"],
+    _MinLSTM: CELLS["minlstm_g"],
+    _MinLSTMIdentity: CELLS["minlstm_identity"],
+    _MinLSTMUnnormalized: CELLS["minlstm_unnormalized_g"],
+    _MinLSTMUnnormalizedIdentity: CELLS["minlstm_unnormalized_identity"],
 }
+_TAGS = {cell: tag() for tag, cell in _CELLS.items()}
 
 
 @_jit
@@ -319,21 +303,21 @@ def _times_difference(s, x, y):
 
 @_jit
 def _mingru_parts(gate, candidate):
-    """z, 1 - z, g(candidate): the two divisions are made one."""
+    """1 - z, z, g(candidate): the two divisions are made one."""
     one = _like(gate, 1.0)
     e_gate, e_candidate = _exp_minus_abs(gate), _exp_minus_abs_finite(candidate)
     gate_sum, candidate_sum = one + e_gate, one + e_candidate
     reciprocal = one / (gate_sum * candidate_sum)
-    z, keep = _sigmoids(gate, e_gate, reciprocal * candidate_sum)
-    return z, keep, _g(candidate, e_candidate, reciprocal * gate_sum)
+    take, a = _sigmoids(gate, e_gate, reciprocal * candidate_sum)
+    return a, take, _g(candidate, e_candidate, reciprocal * gate_sum)
 
 
 @_jit
 def _mingru_identity_parts(gate, candidate):
     one = _like(gate, 1.0)
     e = _exp_minus_abs(gate)
-    z, keep = _sigmoids(gate, e, one / (one + e))
-    return z, keep, candidate
+    take, a = _sigmoids(gate, e, one / (one + e))
+    return a, take, candidate
 
 
 @_jit
@@ -345,7 +329,7 @@ def _g_of(x):
 
 @_jit
 def _normalized_gates(forget_gate, input_gate):
-    """f' = f / (f + i), i' = i / (f + i), sigmoid(-forget_gate), sigmoid(-input_gate).
+    """f / (f + i), i / (f + i), sigmoid(-forget_gate), sigmoid(-input_gate); f and i are the gates' sigmoids.
 
     sigmoid(x) = exp(min(x, 0)) / (1 + exp(-|x|)); of the two exp(min(x, 0)) only the ratio is formed, so that
     two gates far below zero do not become 0 / 0.
@@ -356,104 +340,95 @@ def _normalized_gates(forget_gate, input_gate):
     e_ratio = _exp_minus_abs(ratio)
     forget_sum, input_sum = one + e_forget, one + e_input
     forget = (e_ratio if ratio < zero else one) * input_sum
-    input_ = (one if ratio < zero else e_ratio) * forget_sum
-    share = one / (forget + input_)
-    _, forget_slope = _sigmoids(forget_gate, e_forget, one / forget_sum)
-    _, input_slope = _sigmoids(input_gate, e_input, one / input_sum)
-    return forget * share, input_ * share, forget_slope, input_slope
-
-
-def _coefficients(cell, x0, x1, x2):
-    raise NotImplementedError("compiled only")
-
-
-def _gradients(cell, x0, x1, x2, s, previous):
-    raise NotImplementedError("compiled only")
-
-
-@_overload(_coefficients)
-def _(cell, x0, x1, x2):
-    tag = cell.instance_class
-    if tag is _Linear:
-        return lambda cell, x0, x1, x2: (x0, x1)
-    if tag in (_MinGRU, _MinGRUIdentity):
-        parts = _mingru_parts if tag is _MinGRU else _mingru_identity_parts
-
-        def mingru(cell, x0, x1, x2):
-            z, keep, c = parts(x0, x1)
-            return keep, z * c
-
-        return mingru
-    has_g = tag in (_MinLSTM, _MinLSTMUnnormalized)
-    if tag in (_MinLSTM, _MinLSTMIdentity):
-
-        def minlstm(cell, x0, x1, x2):
-            f, i, _, _ = _normalized_gates(x0, x1)
-            return f, i * (_g_of(x2) if has_g else x2)
-
-        return minlstm
-
-    def minlstm_unnormalized(cell, x0, x1, x2):
-        f, _, i, _ = _unnormalized_gates(x0, x1)
-        return f, i * (_g_of(x2) if has_g else x2)
-
-    return minlstm_unnormalized
+    take = (one if ratio < zero else e_ratio) * forget_sum
+    r = one / (forget + take)
+    _, not_forget = _sigmoids(forget_gate, e_forget, one / forget_sum)
+    _, not_input = _sigmoids(input_gate, e_input, one / input_sum)
+    return forget * r, take * r, not_forget, not_input
 
 
 @_jit
 def _unnormalized_gates(forget_gate, input_gate):
-    """sigmoid(forget_gate), sigmoid(-forget_gate), sigmoid(input_gate), sigmoid(-input_gate)."""
+    """sigmoid(forget_gate), sigmoid(input_gate), sigmoid(-forget_gate), sigmoid(-input_gate)."""
     one = _like(forget_gate, 1.0)
     e_forget, e_input = _exp_minus_abs(forget_gate), _exp_minus_abs(input_gate)
-    f, forget_slope = _sigmoids(forget_gate, e_forget, one / (one + e_forget))
-    i, input_slope = _sigmoids(input_gate, e_input, one / (one + e_input))
-    return f, forget_slope, i, input_slope
+    a, not_forget = _sigmoids(forget_gate, e_forget, one / (one + e_forget))
+    take, not_input = _sigmoids(input_gate, e_input, one / (one + e_input))
+    return a, take, not_forget, not_input
+
+
+def _coefficients(tag, gate, input_gate, candidate):
+    raise NotImplementedError("compiled only")
+
+
+def _gradients(tag, gate, input_gate, candidate, s, previous):
+    raise NotImplementedError("compiled only")
+
+
+@_overload(_coefficients)
+def _(tag, gate, input_gate, candidate):
+    cell = _CELLS[tag.instance_class]
+    has_g = cell.activation == "g"
+    if cell.kind == "linear":
+        return lambda tag, gate, input_gate, candidate: (gate, candidate)
+    if cell.kind == "mingru":
+        parts = _mingru_parts if has_g else _mingru_identity_parts
+
+        def mingru(tag, gate, input_gate, candidate):
+            a, take, c = parts(gate, candidate)
+            return a, take * c
+
+        return mingru
+    gates = _normalized_gates if cell.normalize else _unnormalized_gates
+
+    def minlstm(tag, gate, input_gate, candidate):
+        a, take, _, _ = gates(gate, input_gate)
+        return a, take * (_g_of(candidate) if has_g else candidate)
+
+    return minlstm
 
 
 @_overload(_gradients)
-def _(cell, x0, x1, x2, s, previous):
-    tag = cell.instance_class
-    if tag is _Linear:
-        return lambda cell, x0, x1, x2, s, previous: (x0 * s, s * previous, s, s)
-    if tag in (_MinGRU, _MinGRUIdentity):
-        parts = _mingru_parts if tag is _MinGRU else _mingru_identity_parts
-        has_g = tag is _MinGRU
+def _(tag, gate, input_gate, candidate, s, previous):
+    cell = _CELLS[tag.instance_class]
+    has_g = cell.activation == "g"
+    if cell.kind == "linear":
+        return lambda tag, gate, input_gate, candidate, s, previous: (gate * s, s * previous, s, s)
+    if cell.kind == "mingru":
+        parts = _mingru_parts if has_g else _mingru_identity_parts
 
-        def mingru(cell, x0, x1, x2, s, previous):
-            z, keep, c = parts(x0, x1)
-            dc = s * z
-            return keep * s, keep * _times_difference(dc, c, previous), dc * _g_slope(x1, c) if has_g else dc, s
+        def mingru(tag, gate, input_gate, candidate, s, previous):
+            a, take, c = parts(gate, candidate)
+            d_c = s * take
+            d_gate = a * _times_difference(d_c, c, previous)
+            return a * s, d_gate, d_gate, d_c * _g_slope(candidate, c) if has_g else d_c
 
         return mingru
-    has_g = tag in (_MinLSTM, _MinLSTMUnnormalized)
-    if tag in (_MinLSTM, _MinLSTMIdentity):
+    normalize = cell.normalize
+    gates = _normalized_gates if normalize else _unnormalized_gates
 
-        def minlstm(cell, x0, x1, x2, s, previous):
-            f, i, forget_slope, input_slope = _normalized_gates(x0, x1)
-            c = _g_of(x2) if has_g else x2
-            dc = s * i
-            balance = f * _times_difference(dc, previous, c)
-            return f * s, balance * forget_slope, -balance * input_slope, dc * _g_slope(x2, c) if has_g else dc
+    def minlstm(tag, gate, input_gate, candidate, s, previous):
+        a, take, not_forget, not_input = gates(gate, input_gate)
+        c = _g_of(candidate) if has_g else candidate
+        d_c = s * take
+        if normalize:
+            d_balance = a * _times_difference(d_c, previous, c)
+            d_gate, d_input_gate = d_balance * not_forget, -d_balance * not_input
+        else:
+            d_gate, d_input_gate = s * previous * a * not_forget, d_c * c * not_input
+        return a * s, d_gate, d_input_gate, d_c * _g_slope(candidate, c) if has_g else d_c
 
-        return minlstm
-
-    def minlstm_unnormalized(cell, x0, x1, x2, s, previous):
-        f, forget_slope, i, input_slope = _unnormalized_gates(x0, x1)
-        c = _g_of(x2) if has_g else x2
-        dc = s * i
-        return f * s, s * previous * f * forget_slope, dc * c * input_slope, dc * _g_slope(x2, c) if has_g else dc
-
-    return minlstm_unnormalized
+    return minlstm
 
 
-def _lanes(cell):
-    return LINEAR_LANES if isinstance(cell, _Linear) else LANES
+def _lanes(tag):
+    return LINEAR_LANES if isinstance(tag, _Linear) else LANES
 
 
 @_overload(_lanes)
-def _(cell):
-    lanes = LINEAR_LANES if cell.instance_class is _Linear else LANES
-    return lambda cell: lanes
+def _(tag):
+    lanes = LINEAR_LANES if tag.instance_class is _Linear else LANES
+    return lambda tag: lanes
 
 
 # --- kernels -----------------------------------------------------------------------------------------------
@@ -520,19 +495,24 @@ def _copy_row(element, source, target, width):
 
 
 @_jit
-def _forward_block(cell, element, x0, x1, x2, out, start, carry, carry_start):
+def _forward_block(tag, element, gate, input_gate, candidate, out, start, carry, carry_start):
     zero = _zero(element)
-    for k in range(_lanes(cell)):
+    for k in range(_lanes(tag)):
         i = start + k
-        a, b = _coefficients(cell, _load(0, element, x0, i), _load(0, element, x1, i), _load(0, element, x2, i))
+        a, b = _coefficients(
+            tag, _load(0, element, gate, i), _load(0, element, input_gate, i), _load(0, element, candidate, i)
+        )
         h = a * _load(1, zero, carry, carry_start + k) + b
         _store(1, zero, carry, carry_start + k, h)
         _store(2, element, out, i, h)
 
 
 @_cached_jit
-def _forward(cell, element, x0, x1, x2, h0, resets, out, T, b_start, b_stop, together, width, carry, scratch):
-    lanes = _lanes(cell)
+def _forward(
+    tag, element, gate, input_gate, candidate, h0, resets, out,
+    T, b_start, b_stop, together, width, carry, scratch,
+):  # fmt: skip
+    lanes = _lanes(tag)
     blocks = (width + lanes - 1) // lanes
     padded = blocks * lanes
     for b_first in range(b_start, b_stop, together):
@@ -544,56 +524,65 @@ def _forward(cell, element, x0, x1, x2, h0, resets, out, T, b_start, b_stop, tog
                 carry_start = (b - b_first) * padded
                 if _reset_at(resets, b, t):
                     _clear_carry(element, carry, carry_start, padded)
-                r0, r1, r2, r_out = _at(x0, b, t), _at(x1, b, t), _at(x2, b, t), _at(out, b, t)
+                r_gate, r_input_gate, r_candidate = _at(gate, b, t), _at(input_gate, b, t), _at(candidate, b, t)
+                r_out = _at(out, b, t)
                 if width < lanes:
-                    s0, s1, s2, s_out = scratch, scratch + SLOT, scratch + 2 * SLOT, scratch + 3 * SLOT
-                    _copy_row(element, r0, s0, width)
-                    _copy_row(element, r1, s1, width)
-                    _copy_row(element, r2, s2, width)
-                    _forward_block(cell, element, s0, s1, s2, s_out, 0, carry, carry_start)
+                    s_gate, s_input_gate, s_candidate = scratch, scratch + SLOT, scratch + 2 * SLOT
+                    s_out = scratch + 3 * SLOT
+                    _copy_row(element, r_gate, s_gate, width)
+                    _copy_row(element, r_input_gate, s_input_gate, width)
+                    _copy_row(element, r_candidate, s_candidate, width)
+                    _forward_block(tag, element, s_gate, s_input_gate, s_candidate, s_out, 0, carry, carry_start)
                     _copy_row(element, s_out, r_out, width)
                 else:
                     for j in range(blocks):
                         start = _block_start(j, lanes, width)
-                        _forward_block(cell, element, r0, r1, r2, r_out, start, carry, carry_start + j * lanes)
+                        _forward_block(
+                            tag, element, r_gate, r_input_gate, r_candidate, r_out,
+                            start, carry, carry_start + j * lanes,
+                        )  # fmt: skip
 
 
 @_jit
-def _backward_block(cell, element, x0, x1, x2, previous, grad, dx0, dx1, dx2, start, carry, carry_start):
+def _backward_block(
+    tag, element, gate, input_gate, candidate, previous, grad, grad_gate, grad_input_gate, grad_candidate,
+    start, carry, carry_start,
+):  # fmt: skip
     zero = _zero(element)
-    for k in range(_lanes(cell)):
+    for k in range(_lanes(tag)):
         i = start + k
-        onward, d0, d1, d2 = _gradients(
-            cell,
-            _load(0, element, x0, i),
-            _load(0, element, x1, i),
-            _load(0, element, x2, i),
+        onward, d_gate, d_input_gate, d_candidate = _gradients(
+            tag,
+            _load(0, element, gate, i),
+            _load(0, element, input_gate, i),
+            _load(0, element, candidate, i),
             _load(0, element, grad, i) + _load(1, zero, carry, carry_start + k),
             _load(0, element, previous, i),
         )
         _store(1, zero, carry, carry_start + k, onward)
-        _store(2, element, dx0, i, d0)
-        _store(3, element, dx1, i, d1)
-        _store_third(cell, element, dx2, i, d2)
+        _store(2, element, grad_gate, i, d_gate)
+        _store_input_gate(tag, element, grad_input_gate, i, d_input_gate)
+        _store(4, element, grad_candidate, i, d_candidate)
 
 
-def _store_third(cell, element, address, index, value):
+def _store_input_gate(tag, element, address, index, value):
     raise NotImplementedError("compiled only")
 
 
-@_overload(_store_third)
-def _(cell, element, address, index, value):
-    if cell.instance_class in (_Linear, _MinGRU, _MinGRUIdentity):
-        return lambda cell, element, address, index, value: None
-    return lambda cell, element, address, index, value: _store(4, element, address, index, value)
+@_overload(_store_input_gate)
+def _(tag, element, address, index, value):
+    if "input_gate" in _CELLS[tag.instance_class].inputs:
+        return lambda tag, element, address, index, value: _store(3, element, address, index, value)
+    return lambda tag, element, address, index, value: None
 
 
 @_cached_jit
 def _backward(
-    cell, element, x0, x1, x2, h0, resets, h, grad, dx0, dx1, dx2, grad_h0,
+    tag, element, gate, input_gate, candidate, h0, resets, h, grad,
+    grad_gate, grad_input_gate, grad_candidate, grad_h0,
     T, b_start, b_stop, together, width, carry, scratch,
 ):  # fmt: skip
-    lanes = _lanes(cell)
+    lanes = _lanes(tag)
     blocks = (width + lanes - 1) // lanes
     padded = blocks * lanes
     zeros = scratch + SCRATCH_SLOTS * SLOT
@@ -610,25 +599,31 @@ def _backward(
                     previous = _at(h0, b, 0)
                 else:
                     previous = _at(h, b, t - 1)
-                r0, r1, r2, r_grad = _at(x0, b, t), _at(x1, b, t), _at(x2, b, t), _at(grad, b, t)
-                w0, w1, w2 = _at(dx0, b, t), _at(dx1, b, t), _at(dx2, b, t)
+                r_gate, r_input_gate, r_candidate = _at(gate, b, t), _at(input_gate, b, t), _at(candidate, b, t)
+                r_grad, r_grad_gate = _at(grad, b, t), _at(grad_gate, b, t)
+                r_grad_input_gate, r_grad_candidate = _at(grad_input_gate, b, t), _at(grad_candidate, b, t)
                 if width < lanes:
-                    s0, s1, s2, s_grad = scratch, scratch + SLOT, scratch + 2 * SLOT, scratch + 3 * SLOT
-                    s_previous, v0, v1, v2 = s_grad + SLOT, s_grad + 2 * SLOT, s_grad + 3 * SLOT, s_grad + 4 * SLOT
-                    _copy_row(element, r0, s0, width)
-                    _copy_row(element, r1, s1, width)
-                    _copy_row(element, r2, s2, width)
+                    s_gate, s_input_gate, s_candidate = scratch, scratch + SLOT, scratch + 2 * SLOT
+                    s_grad, s_previous, s_grad_gate = scratch + 3 * SLOT, scratch + 4 * SLOT, scratch + 5 * SLOT
+                    s_grad_input_gate, s_grad_candidate = scratch + 6 * SLOT, scratch + 7 * SLOT
+                    _copy_row(element, r_gate, s_gate, width)
+                    _copy_row(element, r_input_gate, s_input_gate, width)
+                    _copy_row(element, r_candidate, s_candidate, width)
                     _copy_row(element, r_grad, s_grad, width)
                     _copy_row(element, previous, s_previous, width)
-                    _backward_block(cell, element, s0, s1, s2, s_previous, s_grad, v0, v1, v2, 0, carry, carry_start)
-                    _copy_row(element, v0, w0, width)
-                    _copy_row(element, v1, w1, width)
-                    if w2 != 0:
-                        _copy_row(element, v2, w2, width)
+                    _backward_block(
+                        tag, element, s_gate, s_input_gate, s_candidate, s_previous, s_grad,
+                        s_grad_gate, s_grad_input_gate, s_grad_candidate, 0, carry, carry_start,
+                    )  # fmt: skip
+                    _copy_row(element, s_grad_gate, r_grad_gate, width)
+                    if r_grad_input_gate != 0:
+                        _copy_row(element, s_grad_input_gate, r_grad_input_gate, width)
+                    _copy_row(element, s_grad_candidate, r_grad_candidate, width)
                 else:
                     for j in range(blocks - 1, -1, -1):
                         _backward_block(
-                            cell, element, r0, r1, r2, previous, r_grad, w0, w1, w2,
+                            tag, element, r_gate, r_input_gate, r_candidate, previous, r_grad,
+                            r_grad_gate, r_grad_input_gate, r_grad_candidate,
                             _block_start(j, lanes, width), carry, carry_start + j * lanes,
                         )  # fmt: skip
                 if reset:
@@ -650,19 +645,20 @@ def _end_carry(element, grad_h0, b, lanes, width, carry, carry_start, blocks):
 # --- launch ------------------------------------------------------------------------------------------------
 
 
-def forward(cell, inputs, h0, resets, reverse, out) -> None:
+def forward(cell: Cell, inputs, h0, resets, reverse, out) -> None:
     """Fills `out` (B, T, D). Every tensor has its channels contiguous, any other stride, and one dtype."""
-    _launch(_forward, cell, (*_three(inputs, inputs[1]), h0, resets, out), reverse)
+    _launch(_forward, cell, (*_three(inputs, inputs[-1]), h0, resets, out), reverse)
 
 
-def backward(cell, inputs, h0, resets, reverse, h, grad, grads, grad_h0) -> None:
+def backward(cell: Cell, inputs, h0, resets, reverse, h, grad, grads, grad_h0) -> None:
     """Fills `grads`, one for each input, and `grad_h0` (B, D) where there is an h0."""
-    tensors = (*_three(inputs, inputs[1]), h0, resets, h, grad, *_three(grads, None), grad_h0)
+    tensors = (*_three(inputs, inputs[-1]), h0, resets, h, grad, *_three(grads, None), grad_h0)
     _launch(_backward, cell, tensors, reverse)
 
 
-def _three(tensors, third):
-    return tensors if len(tensors) == 3 else (*tensors, third)
+def _three(tensors, input_gate):
+    """gate, input_gate and candidate; for a cell without an input gate, what the kernel is given instead."""
+    return tensors if len(tensors) == 3 else (tensors[0], input_gate, tensors[1])
 
 
 def _launch(kernel, cell, tensors, reverse: bool) -> None:
@@ -671,7 +667,7 @@ def _launch(kernel, cell, tensors, reverse: bool) -> None:
     compute = np.float64 if like.dtype == torch.float64 else np.float32
     time_outermost = like.stride(1) > like.stride(0)
 
-    tag = _CELL_TAGS[cell]
+    tag = _TAGS[cell]
     lanes = _lanes(tag)
 
     def run(b_start, b_stop, d_start, d_stop):

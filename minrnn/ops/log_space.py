@@ -7,10 +7,10 @@ negative values, for a state of zero or for resets. Use it to compare with publi
 import torch
 from torch import Tensor
 
-from .cells import log_coefficients
+from .cells import Cell, log_coefficients
 
 
-def scan(cell: str, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tensor | None, reverse: bool) -> Tensor:
+def scan(cell: Cell, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tensor | None, reverse: bool) -> Tensor:
     """States (B, T, D), in the inputs' dtype, computed in it throughout, as published.
 
     Raises ValueError where the logarithm is not defined. h0=None starts without an initial term.
@@ -18,9 +18,9 @@ def scan(cell: str, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tenso
     if resets is not None:
         raise ValueError("resets: not defined in log space (log 0); use another backend")
     positive = {"h0": h0} if h0 is not None else {}
-    if cell == "linear":
+    if cell.kind == "linear":
         positive |= {"a": inputs[0], "b": inputs[1]}
-    elif cell.endswith("_identity"):
+    elif cell.activation == "identity":
         positive |= {"candidate": inputs[-1]}
     for name, value in positive.items():
         if not bool((value > 0).all()):

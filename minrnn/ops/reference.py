@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .cells import coefficients
+from .cells import Cell, coefficients
 
 
-def scan(cell: str, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tensor | None, reverse: bool) -> Tensor:
+def scan(cell: Cell, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tensor | None, reverse: bool) -> Tensor:
     """States (B, T, D) of the recurrence, in the inputs' dtype. bf16 and fp16 accumulate in float32.
 
     Any device, any float dtype, differentiable any number of times. `reverse` runs from the last step to

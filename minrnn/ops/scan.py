@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import log_space, reference
-from .cells import CELLS, coefficients
+from .cells import CELLS, LINEAR, Cell, coefficients
 from .memory import empty
 
 BACKENDS = ("reference", "log", "cpu", "triton")
@@ -39,7 +39,7 @@ def linear_scan(
         TypeError: an argument is not a tensor of the expected dtype.
         ValueError: a shape or device does not fit, or the backend is unknown or cannot run here.
     """
-    return _checked_scan("linear", {"a": a, "b": b}, h0, resets, backend)
+    return _checked_scan(LINEAR, (a, b), h0, resets, backend)
 
 
 def mingru_scan(
@@ -61,9 +61,7 @@ def mingru_scan(
 
     h0, resets, backend, the result and the errors are those of `linear_scan`.
     """
-    return _checked_scan(
-        f"mingru_{_activation(activation)}", {"gate": gate, "candidate": candidate}, h0, resets, backend
-    )
+    return _checked_scan(Cell("mingru", activation), (gate, candidate), h0, resets, backend)
 
 
 def minlstm_scan(
@@ -88,11 +86,8 @@ def minlstm_scan(
 
     h0, resets, backend, the result and the errors are those of `linear_scan`.
     """
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
-    cell = f"minlstm_{'' if normalize else 'unnormalized_'}{_activation(activation)}"
-    inputs = {"forget_gate": forget_gate, "input_gate": input_gate, "candidate": candidate}
-    return _checked_scan(cell, inputs, h0, resets, backend)
+    cell = Cell("minlstm", activation, normalize)
+    return _checked_scan(cell, (forget_gate, input_gate, candidate), h0, resets, backend)
 
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
@@ -133,22 +128,18 @@ def _unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
     return None
 
 
-def _activation(activation: str) -> str:
-    if activation not in ("g", "identity"):
-        raise ValueError(f"activation: expected 'g' or 'identity', got {activation!r}")
-    return activation
-
-
 def is_autocast_enabled(device: torch.device) -> bool:
     """False, not an error, on the meta device, which has no autocast."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _checked_scan(
-    cell: str, inputs: dict[str, Tensor], h0: Tensor | None, resets: Tensor | None, backend: str
+    cell: Cell, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tensor | None, backend: str
 ) -> Tensor:
-    floats = inputs if h0 is None else {**inputs, "h0": h0}
-    first_name, first = next(iter(inputs.items()))
+    floats = dict(zip(cell.inputs, inputs, strict=True))
+    if h0 is not None:
+        floats["h0"] = h0
+    first_name, first = cell.inputs[0], inputs[0]
     for name, x in floats.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -180,18 +171,18 @@ def _checked_scan(
         if resets.device != first.device:
             raise ValueError(f"resets: expected {first_name}'s device {first.device}, got {resets.device}")
     h0 = floats.get("h0")
-    return scan(cell, tuple(floats[name] for name in inputs), h0, resets, False, backend)
+    return scan(cell, tuple(floats[name] for name in cell.inputs), h0, resets, False, backend)
 
 
 def scan(
-    cell: str,
+    cell: Cell,
     inputs: tuple[Tensor, ...],
     h0: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Any cell of `cells.CELLS`, without the argument checks.
+    """Any cell, without the argument checks.
 
     `inputs` is what the cell takes, or one tensor (B, T, n D) that holds all n side by side, as a fused
     projection gives them: its gradient then comes back as one tensor too, without a copy. `reverse` runs from
@@ -206,11 +197,11 @@ def scan(
     if backend == "log":
         return log_space.scan(cell, _separate(cell, inputs), h0, resets, reverse)
     x0, x1, x2 = _pad(inputs)
-    return _scan_op(cell, x0, x1, x2, h0, resets, reverse, backend)
+    return _scan_op(cell.name, x0, x1, x2, h0, resets, reverse, backend)
 
 
-def _separate(cell: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return inputs[0].chunk(CELLS[cell], -1) if len(inputs) == 1 else inputs
+def _separate(cell: Cell, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs[0].chunk(len(cell.inputs), -1) if len(inputs) == 1 else inputs
 
 
 def _pad(inputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -244,9 +235,9 @@ def _empty_fake(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return like.new_empty(shape)
 
 
-def _empty_states(cell: str, inputs: tuple[Tensor, ...], new=empty) -> Tensor:
+def _empty_states(cell: Cell, inputs: tuple[Tensor, ...], new=empty) -> Tensor:
     width = inputs[0].shape[2]
-    return _empty_like(inputs[0], width // CELLS[cell] if len(inputs) == 1 else width, new)
+    return _empty_like(inputs[0], width // len(cell.inputs) if len(inputs) == 1 else width, new)
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -264,7 +255,7 @@ def _rows(x: Tensor | None) -> Tensor | None:
     " -> Tensor",
 )
 def _scan_op(cell, x0, x1, x2, h0, resets, reverse, backend):
-    inputs = _present(x0, x1, x2)
+    cell, inputs = CELLS[cell], _present(x0, x1, x2)
     out = _empty_states(cell, inputs)
     if out.numel():
         rows = _separate(cell, tuple(_rows(x) for x in inputs))
@@ -274,7 +265,7 @@ def _scan_op(cell, x0, x1, x2, h0, resets, reverse, backend):
 
 @_scan_op.register_fake
 def _(cell, x0, x1, x2, h0, resets, reverse, backend):
-    return _empty_states(cell, _present(x0, x1, x2), _empty_fake)
+    return _empty_states(CELLS[cell], _present(x0, x1, x2), _empty_fake)
 
 
 @torch.library.custom_op(
@@ -285,7 +276,7 @@ def _(cell, x0, x1, x2, h0, resets, reverse, backend):
 )
 def _scan_backward_op(cell, grad, h, x0, x1, x2, h0, resets, reverse, backend):
     """The gradients of the inputs and, where there is one, of h0."""
-    inputs = _present(x0, x1, x2)
+    cell, inputs = CELLS[cell], _present(x0, x1, x2)
     grads = tuple(_empty_like(x, x.shape[2]) for x in inputs)
     grad_h0 = None if h0 is None else h0.new_zeros(h0.shape)
     if h.numel():
@@ -312,7 +303,7 @@ def _backward(ctx, grad):
     x0, x1, x2, h0, resets, h = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: the same gradients from differentiable parts
         inputs = _present(x0, x1, x2)
-        *grads, grad_h0 = _composite_backward(ctx.cell, inputs, h0, resets, ctx.reverse, ctx.backend, h, grad)
+        *grads, grad_h0 = _composite_backward(CELLS[ctx.cell], inputs, h0, resets, ctx.reverse, ctx.backend, h, grad)
     else:
         grads = _scan_backward_op(ctx.cell, grad, h, x0, x1, x2, h0, resets, ctx.reverse, ctx.backend)
         grad_h0 = None if h0 is None else grads.pop()
@@ -342,7 +333,7 @@ def _composite_backward(cell, inputs, h0, resets, reverse, backend, h, grad):
         carried = torch.where(resets[..., None], 0.0, a)
         previous = torch.where(resets[..., None], 0.0, previous)
     following = F.pad(carried, (0, 0, 1, 0))[:, :-1] if reverse else F.pad(carried, (0, 0, 0, 1))[:, 1:]
-    s = scan("linear", (following, total), None, None, not reverse, backend)
+    s = scan(LINEAR, (following, total), None, None, not reverse, backend)
     first = slice(-1, None) if reverse else slice(0, 1)
     grad_h0 = None if h0 is None else (carried[:, first] * s[:, first]).sum(1).to(h0.dtype)
     reached = [(y, dy) for y, dy in ((a, s * previous), (b, s)) if y.requires_grad]

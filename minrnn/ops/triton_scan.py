@@ -37,6 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cells import Cell
+
 BLOCK_D = 32  # a lane per channel, one warp per program
 LAUNCH = {"BLOCK_D": BLOCK_D, "num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
 # Steps per tile, powers of two: the more, the more bytes are on their way at a time. At these no kernel spills
@@ -79,9 +81,9 @@ def _sigmoids(x):
 
 
 @triton.jit
-def _activate(x, G: tl.constexpr):
-    """The candidate and its derivative by x."""
-    if G:
+def _activate(x, ACTIVATION: tl.constexpr):
+    """What x becomes, and its derivative by x."""
+    if ACTIVATION == "g":
         e = _decay(x)
         r = 1 / (1 + e)
         return tl.where(x >= 0, x + 0.5, e * r), tl.where(x >= 0, 1.0, e * r * r)
@@ -90,40 +92,42 @@ def _activate(x, G: tl.constexpr):
 
 
 @triton.jit
-def _normalized(f, i):
-    """sigmoid(f) and sigmoid(i) divided by their sum, defined also where both underflow."""
-    ef = _decay(f)
-    ei = _decay(i)
-    delta = tl.where(f > 0, 0.0, f) - tl.where(i > 0, 0.0, i)
-    e = _decay(delta)
-    f_share = tl.where(delta < 0, e, 1.0) * (1 + ei)
-    i_share = tl.where(delta < 0, 1.0, e) * (1 + ef)
-    r = 1 / (f_share + i_share)
-    return f_share * r, i_share * r
+def _normalized(forget_gate, input_gate):
+    """sigmoid(forget_gate) and sigmoid(input_gate) divided by their sum, defined also where both underflow."""
+    e_forget = _decay(forget_gate)
+    e_input = _decay(input_gate)
+    ratio = tl.where(forget_gate > 0, 0.0, forget_gate) - tl.where(input_gate > 0, 0.0, input_gate)
+    e_ratio = _decay(ratio)
+    forget = tl.where(ratio < 0, e_ratio, 1.0) * (1 + e_input)
+    take = tl.where(ratio < 0, 1.0, e_ratio) * (1 + e_forget)
+    r = 1 / (forget + take)
+    return forget * r, take * r
 
 
 @triton.jit
-def _gates(gate, gate2, CELL: tl.constexpr):
+def _gates(gate, input_gate, KIND: tl.constexpr, NORMALIZE: tl.constexpr):
     """What multiplies the state, and what multiplies the candidate."""
-    if CELL == "linear":
+    if KIND == "linear":
         return gate, tl.full(gate.shape, 1.0, gate.dtype)
-    elif CELL == "mingru":
-        z, keep = _sigmoids(gate)
-        return keep, z
-    elif CELL == "minlstm":
-        return _normalized(gate, gate2)
+    elif KIND == "mingru":
+        take, a = _sigmoids(gate)
+        return a, take
+    elif NORMALIZE:
+        return _normalized(gate, input_gate)
     else:
-        f, _ = _sigmoids(gate)
-        i, _ = _sigmoids(gate2)
-        return f, i
+        a, _ = _sigmoids(gate)
+        take, _ = _sigmoids(input_gate)
+        return a, take
 
 
 @triton.jit
-def _coefficients(gate, gate2, value, CELL: tl.constexpr, G: tl.constexpr):
+def _coefficients(
+    gate, input_gate, candidate, KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr
+):  # fmt: skip
     """a, b of h_t = a_t h_{t-1} + b_t, as in cells.coefficients."""
-    a, take = _gates(gate, gate2, CELL)
-    candidate, _ = _activate(value, G)
-    return a, take * candidate
+    a, take = _gates(gate, input_gate, KIND, NORMALIZE)
+    c, _ = _activate(candidate, ACTIVATION)
+    return a, take * c
 
 
 @triton.jit
@@ -133,24 +137,26 @@ def _times_difference(s, x, y):
 
 
 @triton.jit
-def _input_gradients(gate, gate2, value, previous, s, CELL: tl.constexpr, G: tl.constexpr):
-    """Gradients of gate, gate2 (itself unused where there is none) and value, from s, the gradient of h_t."""
-    a, take = _gates(gate, gate2, CELL)
-    candidate, slope = _activate(value, G)
-    if CELL == "linear":
+def _input_gradients(
+    gate, input_gate, candidate, previous, s,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of gate, input_gate (unused where there is none) and candidate, from s, the gradient of h_t."""
+    a, take = _gates(gate, input_gate, KIND, NORMALIZE)
+    c, slope = _activate(candidate, ACTIVATION)
+    if KIND == "linear":
         return s * previous, s, s
-    elif CELL == "mingru":
-        grad_gate = a * take * _times_difference(s, candidate, previous)
+    elif KIND == "mingru":
+        grad_gate = a * take * _times_difference(s, c, previous)
         return grad_gate, grad_gate, s * take * slope
-    elif CELL == "minlstm":
-        _, not_f = _sigmoids(gate)
-        _, not_i = _sigmoids(gate2)
-        grad_balance = a * take * _times_difference(s, previous, candidate)
-        return grad_balance * not_f, -grad_balance * not_i, s * take * slope
     else:
-        _, not_f = _sigmoids(gate)
-        _, not_i = _sigmoids(gate2)
-        return s * previous * (a * not_f), s * candidate * (take * not_i), s * take * slope
+        _, not_forget = _sigmoids(gate)
+        _, not_input = _sigmoids(input_gate)
+        if NORMALIZE:
+            grad_balance = a * take * _times_difference(s, previous, c)
+            return grad_balance * not_forget, -grad_balance * not_input, s * take * slope
+        else:
+            return s * previous * (a * not_forget), s * c * (take * not_input), s * take * slope
 
 
 @triton.jit
@@ -194,59 +200,65 @@ def _nothing(d, stride):
 
 
 @triton.jit
-def _load_inputs(gate, gate2, value, resets, t, rows, mask, gate_t, gate2_t, value_t, resets_t, CELL: tl.constexpr):
+def _load_inputs(
+    gate, input_gate, candidate, resets, t, rows, mask, gate_t, input_gate_t, candidate_t, resets_t,
+    KIND: tl.constexpr,
+):  # fmt: skip
     """A tile of each, as stored; outside of the mask inputs that give a = 1, b = 0. What is absent costs nothing."""
-    if CELL == "linear":
+    if KIND == "linear":
         gate_tile = _load(gate, t, rows, gate_t, mask, 1.0)
-    elif CELL == "mingru":
+    elif KIND == "mingru":
         gate_tile = _load(gate, t, rows, gate_t, mask, float("-inf"))
     else:
         gate_tile = _load(gate, t, rows, gate_t, mask, float("inf"))
-    if gate2 is None:
-        gate2_tile = gate_tile
+    if input_gate is None:
+        input_gate_tile = gate_tile
     else:
-        gate2_tile = _load(gate2, t, rows, gate2_t, mask, float("-inf"))
-    value_tile = _load(value, t, rows, value_t, mask, 0)
+        input_gate_tile = _load(input_gate, t, rows, input_gate_t, mask, float("-inf"))
+    candidate_tile = _load(candidate, t, rows, candidate_t, mask, 0)
     if resets is None:
         reset_tile = mask ^ mask  # false
     else:
         reset_tile = _load(resets, t, rows, resets_t, mask, 0) != 0
-    return gate_tile, gate2_tile, value_tile, reset_tile
+    return gate_tile, input_gate_tile, candidate_tile, reset_tile
 
 
 @triton.jit
 def _walk(
-    gate, gate2, value, resets, out, h, start, stop, lanes, gate_t, gate2_t, value_t, resets_t, out_t,
-    CELL: tl.constexpr, G: tl.constexpr, ADJOINT: tl.constexpr, STEPS: tl.constexpr,
+    gate, input_gate, candidate, resets, out, h, start, stop, lanes,
+    gate_t, input_gate_t, candidate_t, resets_t, out_t,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, ADJOINT: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """From state h (1, BLOCK_D) through the steps start..stop: the state after them and the product of their a's.
 
-    The pointers are (1, BLOCK_D), at step 0. States are stored where `out` is given. ADJOINT: value is the
-    gradient of the states, and the walk is the one of the backward pass, c_t = a_t (c_{t-1} + value_t).
+    The pointers are (1, BLOCK_D), at step 0. States are stored where `out` is given. ADJOINT: candidate is the
+    gradient of the states, and the walk is the one of the backward pass, c_t = a_t (c_{t-1} + candidate_t).
     """
     rows = tl.arange(0, STEPS)[:, None]
     product = tl.full(h.shape, 1.0, h.dtype)
-    gate_next, gate2_next, value_next, reset_next = _load_inputs(
-        gate, gate2, value, resets, start, rows, (rows < (stop - start).to(tl.int32)) & lanes,
-        gate_t, gate2_t, value_t, resets_t, CELL,
+    gate_next, input_gate_next, candidate_next, reset_next = _load_inputs(
+        gate, input_gate, candidate, resets, start, rows, (rows < (stop - start).to(tl.int32)) & lanes,
+        gate_t, input_gate_t, candidate_t, resets_t, KIND,
     )  # fmt: skip
     t = start
     while t < stop:
-        gate_tile, gate2_tile, value_tile, reset = gate_next, gate2_next, value_next, reset_next
-        gate_next, gate2_next, value_next, reset_next = _load_inputs(
-            gate, gate2, value, resets, t + STEPS, rows, (rows < (stop - t - STEPS).to(tl.int32)) & lanes,
-            gate_t, gate2_t, value_t, resets_t, CELL,
+        gate_tile, input_gate_tile, candidate_tile, reset = gate_next, input_gate_next, candidate_next, reset_next
+        gate_next, input_gate_next, candidate_next, reset_next = _load_inputs(
+            gate, input_gate, candidate, resets, t + STEPS, rows, (rows < (stop - t - STEPS).to(tl.int32)) & lanes,
+            gate_t, input_gate_t, candidate_t, resets_t, KIND,
         )  # fmt: skip
-        x, x2, y = gate_tile.to(h.dtype), gate2_tile.to(h.dtype), value_tile.to(h.dtype)
+        gate_tile, input_gate_tile = gate_tile.to(h.dtype), input_gate_tile.to(h.dtype)
+        candidate_tile = candidate_tile.to(h.dtype)
         if ADJOINT:
-            a, _ = _gates(x, x2, CELL)
+            a, _ = _gates(gate_tile, input_gate_tile, KIND, NORMALIZE)
+            s = tl.where(rows == 0, candidate_tile + h, candidate_tile)
             products, states, a, reset = tl.associative_scan(
-                (tl.full(a.shape, 1.0, h.dtype), tl.where(rows == 0, y + h, y), a, reset), 0, _then_gradient
+                (tl.full(a.shape, 1.0, h.dtype), s, a, reset), 0, _then_gradient
             )
             products = tl.where(reset, 0.0, a * products)
             states = tl.where(reset, 0.0, a * states)
         else:
-            a, b = _coefficients(x, x2, y, CELL, G)
+            a, b = _coefficients(gate_tile, input_gate_tile, candidate_tile, KIND, ACTIVATION, NORMALIZE)
             b = tl.where(reset, a * 0 + b, b)  # what the loop computes: NaN where a is not finite
             a = tl.where(reset, 0.0, a)
             b = tl.where((rows == 0) & (reset == 0), a * h + b, b)
@@ -261,13 +273,14 @@ def _walk(
 
 @_generic_jit
 def _scan_kernel(
-    gate, gate2, value, resets, initial, out, products, ends,
+    gate, input_gate, candidate, resets, initial, out, products, ends,
     T: tl.int32, D: tl.int64, chunk_steps: tl.int32, chunks: tl.int32,
-    gate_b: tl.int64, gate_t: tl.int64, gate2_b: tl.int64, gate2_t: tl.int64, value_b: tl.int64, value_t: tl.int64,
+    gate_b: tl.int64, gate_t: tl.int64, input_gate_b: tl.int64, input_gate_t: tl.int64,
+    candidate_b: tl.int64, candidate_t: tl.int64,
     resets_b: tl.int64, resets_t: tl.int64, resets_d: tl.int64, initial_b: tl.int64, initial_c: tl.int64,
     out_b: tl.int64, out_t: tl.int64,
-    CELL: tl.constexpr, G: tl.constexpr, ADJOINT: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, ADJOINT: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """States of one chunk. Without `out` its summary: the product of its a's and its end, both (B, chunks, D)."""
     blocks = tl.cdiv(D, BLOCK_D)
@@ -283,11 +296,12 @@ def _scan_kernel(
     stop = tl.minimum(start + chunk_steps, T)
     h, product = _walk(
         gate + b * gate_b + d,
-        None if gate2 is None else gate2 + b * gate2_b + d,
-        value + b * value_b + d,
+        None if input_gate is None else input_gate + b * input_gate_b + d,
+        candidate + b * candidate_b + d,
         None if resets is None else resets + b * resets_b + _nothing(d, resets_d),
         None if out is None else out + b * out_b + d,
-        h, start, stop, lanes, gate_t, gate2_t, value_t, resets_t, out_t, CELL, G, ADJOINT, STEPS,
+        h, start, stop, lanes, gate_t, input_gate_t, candidate_t, resets_t, out_t,
+        KIND, ACTIVATION, NORMALIZE, ADJOINT, STEPS,
     )  # fmt: skip
     if out is None:
         tl.store(products + row * D + d, product, mask=lanes)
@@ -296,12 +310,13 @@ def _scan_kernel(
 
 @_generic_jit
 def _carry_kernel(
-    gate, gate2, value, resets, initial, products, ends, entering,
+    gate, input_gate, candidate, resets, initial, products, ends, entering,
     T: tl.int32, D: tl.int64, chunk_steps: tl.int32, chunks: tl.int32,
-    gate_b: tl.int64, gate_t: tl.int64, gate2_b: tl.int64, gate2_t: tl.int64, value_b: tl.int64, value_t: tl.int64,
+    gate_b: tl.int64, gate_t: tl.int64, input_gate_b: tl.int64, input_gate_t: tl.int64,
+    candidate_b: tl.int64, candidate_t: tl.int64,
     resets_b: tl.int64, resets_t: tl.int64, resets_d: tl.int64, initial_b: tl.int64,
-    CELL: tl.constexpr, G: tl.constexpr, ADJOINT: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, ADJOINT: tl.constexpr,
+    STEPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The state entering every chunk, (B, chunks + 1, D), from the summaries of all chunks, (B, chunks, D).
 
@@ -341,12 +356,12 @@ def _carry_kernel(
                 jumped += tl.load(ends + summary, mask=lanes, other=0)
                 walked, _product = _walk(
                     gate + b * gate_b + d,
-                    None if gate2 is None else gate2 + b * gate2_b + d,
-                    value + b * value_b + d,
+                    None if input_gate is None else input_gate + b * input_gate_b + d,
+                    candidate + b * candidate_b + d,
                     None if resets is None else resets + b * resets_b + _nothing(d, resets_d),
                     None,
                     h, chunk_start, tl.minimum(chunk_start + chunk_steps, T), lanes,
-                    gate_t, gate2_t, value_t, resets_t, 0, CELL, G, ADJOINT, STEPS,
+                    gate_t, input_gate_t, candidate_t, resets_t, 0, KIND, ACTIVATION, NORMALIZE, ADJOINT, STEPS,
                 )  # fmt: skip
                 h = tl.where(tl.abs(jumped) < float("inf"), jumped, walked)
                 k += 1
@@ -356,13 +371,16 @@ def _carry_kernel(
 
 @_generic_jit
 def _gradient_kernel(
-    gate, gate2, value, resets, initial, states, grad, entering, grad_gate, grad_gate2, grad_value, grad_initial,
+    gate, input_gate, candidate, resets, initial, states, grad, entering,
+    grad_gate, grad_input_gate, grad_candidate, grad_initial,
     T: tl.int32, D: tl.int64, chunk_steps: tl.int32, chunks: tl.int32,
-    gate_b: tl.int64, gate_t: tl.int64, gate2_b: tl.int64, gate2_t: tl.int64, value_b: tl.int64, value_t: tl.int64,
+    gate_b: tl.int64, gate_t: tl.int64, input_gate_b: tl.int64, input_gate_t: tl.int64,
+    candidate_b: tl.int64, candidate_t: tl.int64,
     resets_b: tl.int64, resets_t: tl.int64, resets_d: tl.int64, initial_b: tl.int64, states_b: tl.int64,
     states_t: tl.int64, grad_b: tl.int64, grad_t: tl.int64, grad_gate_b: tl.int64, grad_gate_t: tl.int64,
-    grad_gate2_b: tl.int64, grad_gate2_t: tl.int64, grad_value_b: tl.int64, grad_value_t: tl.int64,
-    CELL: tl.constexpr, G: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    grad_input_gate_b: tl.int64, grad_input_gate_t: tl.int64, grad_candidate_b: tl.int64, grad_candidate_t: tl.int64,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk. Step 0 is the last in the forward order, so the previous state stands at t + 1."""
     blocks = tl.cdiv(D, BLOCK_D)
@@ -371,14 +389,14 @@ def _gradient_kernel(
     d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     lanes = d < D
     gate += b * gate_b + d
-    value += b * value_b + d
+    candidate += b * candidate_b + d
     states += b * states_b + d
     grad += b * grad_b + d
     grad_gate += b * grad_gate_b + d
-    grad_value += b * grad_value_b + d
-    if gate2 is not None:
-        gate2 += b * gate2_b + d
-        grad_gate2 += b * grad_gate2_b + d
+    grad_candidate += b * grad_candidate_b + d
+    if input_gate is not None:
+        input_gate += b * input_gate_b + d
+        grad_input_gate += b * grad_input_gate_b + d
     if resets is not None:
         resets += b * resets_b + _nothing(d, resets_d)
     h0 = tl.zeros((1, BLOCK_D), ACC)
@@ -392,34 +410,37 @@ def _gradient_kernel(
 
     rows = tl.arange(0, STEPS)[:, None]
     mask = (rows < (stop - start).to(tl.int32)) & lanes
-    gate_next, gate2_next, value_next, reset_next = _load_inputs(
-        gate, gate2, value, resets, start, rows, mask, gate_t, gate2_t, value_t, resets_t, CELL
+    gate_next, input_gate_next, candidate_next, reset_next = _load_inputs(
+        gate, input_gate, candidate, resets, start, rows, mask, gate_t, input_gate_t, candidate_t, resets_t, KIND
     )
     grad_next = _load(grad, start, rows, grad_t, mask, 0)
     previous_next = _load(states, start + 1, rows, states_t, mask & (rows < (T - 1 - start).to(tl.int32)), 0)
     t = start
     while t < stop:
-        gate_tile, gate2_tile, value_tile, reset = gate_next, gate2_next, value_next, reset_next
+        gate_tile, input_gate_tile, candidate_tile, reset = gate_next, input_gate_next, candidate_next, reset_next
         s, previous = grad_next.to(ACC), previous_next.to(ACC)
         ahead = t + STEPS
         mask = (rows < (stop - ahead).to(tl.int32)) & lanes
-        gate_next, gate2_next, value_next, reset_next = _load_inputs(
-            gate, gate2, value, resets, ahead, rows, mask, gate_t, gate2_t, value_t, resets_t, CELL
+        gate_next, input_gate_next, candidate_next, reset_next = _load_inputs(
+            gate, input_gate, candidate, resets, ahead, rows, mask, gate_t, input_gate_t, candidate_t, resets_t, KIND
         )
         grad_next = _load(grad, ahead, rows, grad_t, mask, 0)
         previous_next = _load(states, ahead + 1, rows, states_t, mask & (rows < (T - 1 - ahead).to(tl.int32)), 0)
-        x, x2, y = gate_tile.to(ACC), gate2_tile.to(ACC), value_tile.to(ACC)
-        a, _ = _gates(x, x2, CELL)
+        gate_tile, input_gate_tile = gate_tile.to(ACC), input_gate_tile.to(ACC)
+        candidate_tile = candidate_tile.to(ACC)
+        a, _ = _gates(gate_tile, input_gate_tile, KIND, NORMALIZE)
         s = tl.where(rows == 0, s + carry, s)
         _, s, a, reset = tl.associative_scan((tl.full(s.shape, 1.0, ACC), s, a, reset), 0, _then_gradient)
         carry = _last(tl.where(reset, 0.0, a * s), rows, STEPS)
         previous = tl.where(reset, 0.0, tl.where(rows == (T - 1 - t).to(tl.int32), h0, previous))
-        dx, dx2, dy = _input_gradients(x, x2, y, previous, s, CELL, G)
+        d_gate, d_input_gate, d_candidate = _input_gradients(
+            gate_tile, input_gate_tile, candidate_tile, previous, s, KIND, ACTIVATION, NORMALIZE
+        )
         inside = (rows < (stop - t).to(tl.int32)) & lanes
-        _store(grad_gate, t, rows, grad_gate_t, dx, inside)
-        if gate2 is not None:
-            _store(grad_gate2, t, rows, grad_gate2_t, dx2, inside)
-        _store(grad_value, t, rows, grad_value_t, dy, inside)
+        _store(grad_gate, t, rows, grad_gate_t, d_gate, inside)
+        if input_gate is not None:
+            _store(grad_input_gate, t, rows, grad_input_gate_t, d_input_gate, inside)
+        _store(grad_candidate, t, rows, grad_candidate_t, d_candidate, inside)
         t += STEPS
     if grad_initial is not None:
         if chunk == chunks - 1:
@@ -427,7 +448,7 @@ def _gradient_kernel(
 
 
 def forward(
-    cell: str, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tensor | None, reverse: bool, out: Tensor
+    cell: Cell, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tensor | None, reverse: bool, out: Tensor
 ) -> None:
     """Fills `out` (B, T, D) with the states. All tensors have D contiguous, any strides over B and T."""
     B, T, D = out.shape
@@ -451,7 +472,7 @@ def forward(
 
 
 def backward(
-    cell: str,
+    cell: Cell,
     inputs: tuple[Tensor, ...],
     h0: Tensor | None,
     resets: Tensor | None,
@@ -468,9 +489,9 @@ def backward(
     chunk_steps = _chunk_steps(B, T, D, h.device)
     entering = None
     if chunk_steps < T:
-        entering = _entering(arguments | _view("value", grad, flip), None, B, T, D, chunk_steps, adjoint=True)
-    *grad_gates, grad_value = grads
-    grad_gate, grad_gate2 = (*grad_gates, None)[:2]
+        entering = _entering(arguments | _view("candidate", grad, flip), None, B, T, D, chunk_steps, adjoint=True)
+    *grad_gates, grad_candidate = grads
+    grad_gate, grad_input_gate = (*grad_gates, None)[:2]
     _launch(
         _gradient_kernel,
         B * triton.cdiv(T, chunk_steps) * triton.cdiv(D, BLOCK_D),
@@ -478,8 +499,8 @@ def backward(
         **_view("states", h, flip),
         **_view("grad", grad, flip),
         **_view("grad_gate", grad_gate, flip),
-        **_view("grad_gate2", grad_gate2, flip),
-        **_view("grad_value", grad_value, flip),
+        **_view("grad_input_gate", grad_input_gate, flip),
+        **_view("grad_candidate", grad_candidate, flip),
         initial=h0,
         initial_b=0 if h0 is None else h0.stride(0),
         entering=entering,
@@ -541,7 +562,7 @@ def _forward_steps(arguments: dict) -> int:
 
 
 def _backward_steps(arguments: dict) -> int:
-    narrow = arguments["gate2"] is not None or arguments["resets"] is not None
+    narrow = arguments["input_gate"] is not None or arguments["resets"] is not None
     return _steps(NARROW_BACKWARD_STEPS if narrow else BACKWARD_STEPS, arguments["gate"].dtype)
 
 
@@ -550,16 +571,16 @@ def _steps(steps: int, dtype: torch.dtype) -> int:
     return steps // 4 if dtype == torch.float64 else steps
 
 
-def _cell(cell: str, dtype: torch.dtype) -> dict:
+def _cell(cell: Cell, dtype: torch.dtype) -> dict:
     acc = tl.float64 if dtype == torch.float64 else tl.float32
-    return {"CELL": cell.removesuffix("_g").removesuffix("_identity"), "G": cell.endswith("_g"), "ACC": acc}
+    return {"KIND": cell.kind, "ACTIVATION": cell.activation, "NORMALIZE": cell.normalize, "ACC": acc}
 
 
 def _inputs(inputs: tuple[Tensor, ...], resets: Tensor | None, flip: bool) -> dict:
-    *gates, value = inputs
-    gate, gate2 = (*gates, None)[:2]
+    *gates, candidate = inputs
+    gate, input_gate = (*gates, None)[:2]
     resets = None if resets is None else resets.view(torch.uint8)
-    named = {"gate": gate, "gate2": gate2, "value": value, "resets": resets}
+    named = {"gate": gate, "input_gate": input_gate, "candidate": candidate, "resets": resets}
     return {"resets_d": 0} | {k: v for name, x in named.items() for k, v in _view(name, x, flip).items()}
 
 
