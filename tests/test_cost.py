@@ -178,7 +178,7 @@ def record(config, seed, hardware, speed):
 
 def test_roofline_of_a_record(tmp_path, monkeypatch, capsys):
     config = CELL.config("cpu")
-    tokens = 64 * (64 + 8)
+    tokens = 64 * (64 + 16)
     mine = roofline.machine.hardware("cpu") | {"threads": 1}
     for seed, hardware, seconds in ((0, mine, 0.1), (1, mine, 0.3), (2, mine | {"cpu": "Another"}, 7.0)):
         found = record(config, seed, hardware, tokens / seconds)
@@ -201,8 +201,8 @@ def test_roofline_of_a_record(tmp_path, monkeypatch, capsys):
     assert line["groups"] == runs[0].group and len(line["run_ids"].split()) == 2
 
     # Matrix products of a step: forward, twice that backward. The head reads the markers alone.
-    B, T, D, H, V = 64, 72, 64, 384, 16
-    forward = 2 * B * (T * D * 2 * H + T * H * D + 8 * D * V)
+    B, T, D, H, V = 64, 80, 64, 384, 16
+    forward = 2 * B * (T * D * 2 * H + T * H * D + 16 * D * V)
     assert int(line["operations"]) == 3 * forward
     step, evaluated, whole = (float(line[f"{name}_seconds"]) for name in ("step", "evaluation", "total"))
     assert step > max(3 * forward / 50e9, int(line["bytes"]) / 10e9 / 2)
@@ -235,7 +235,7 @@ def test_evaluations_of_the_character_model():
     config = compose("charlm", ["profile=cpu", "model=mingru"])
     work = roofline.language_work(roofline.typed(config))
     characters = sum(times * batch[0].numel() for times, batch in work[3])
-    looks = math.ceil(config["train"]["steps"] / config["eval"]["every"]) * config["eval"]["batches"]
+    looks = math.ceil(config["train"]["steps"] / config["eval"]["interval"]) * config["eval"]["iters"]
     assert characters == looks * 12 * 64 + 2 * (roofline.VALIDATION - 1)
 
 

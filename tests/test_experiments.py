@@ -361,8 +361,12 @@ def test_a_launchers_process_says_that_a_run_is_not_done(tmp_path):
 
 
 def test_a_wrong_command_ends_with_one_line(tmp_path):
-    text = call(tmp_path, "model=mingruu", code=launch.WRONG)
-    assert "error: In 'config': Could not find 'model/mingruu'" in text and "Traceback" not in text
+    for wrong, near in {
+        "model=mingruu": "mingru", "profile=papers": "paper", "optimizer=public": "public_code",
+        "train.lr=1e-3": "train.learning_rate", "eval.every=3": "eval.interval", "train.schedule=cos": "cosine",
+    }.items():  # fmt: skip
+        (line,) = call(tmp_path, wrong, code=launch.WRONG).strip().splitlines()
+        assert line.startswith("error: ") and line.endswith(f"the nearest is {near}"), line
     text = call(tmp_path, "train.steps=many", code=launch.WRONG)
     assert "'many'" in text and "train.steps" in text and "Traceback" not in text
 
@@ -527,5 +531,5 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{path}: not a record .* remove it"):
         records.read_record(path)
     path.write_text('{"schema_version": 99}')
-    with pytest.raises(ValueError, match="expected schema_version 1, got 99"):
+    with pytest.raises(ValueError, match="expected schema_version 2, got 99"):
         records.read_record(path)

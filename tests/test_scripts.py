@@ -18,6 +18,7 @@ import pytest
 
 from experiments import data, launch, records
 from experiments.config import FORMER, MODELS, PROFILES, run_id
+from experiments.decision import data as decision_data
 from experiments.launch import compose
 from scripts import figures, migrate, plan, report, reproduce, tables
 
@@ -70,12 +71,13 @@ def fill(results, profile):
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_cell_composes_and_every_run_is_done_once(profile):
-    runs = plan.runs(profile, 2)
-    assert len({run.run_id for run in runs}) == len(runs)
+    every = plan.runs(profile, 2)
+    assert len({run.run_id for run in every}) == len(every)
+    runs = [run for run in every if run.seed != plan.CHOICE_SEED]
     assert len({run.group for run in runs}) == len(runs) // 2
-    assert all(run.config["profile"] == profile and run.config["seed"] == run.seed for run in runs)
+    assert all(run.config["profile"] == profile and run.config["seed"] == run.seed for run in every)
     # Every cell is filled, by one group of runs; those of both tables' three layers share theirs.
-    filled = [cell for run in runs if run.seed == 0 for cell in run.cells]
+    filled = [cell for run in every if run.seed in (0, plan.CHOICE_SEED) for cell in run.cells]
     assert sorted(filled, key=plan.CELLS.index) == [cell for cell in plan.CELLS if profile in cell.profiles]
     for row in ("minGRU", "minLSTM"):
         shared = next(run for run in runs if run.label == f"selective_copy: {row}, layers 3")
@@ -84,7 +86,9 @@ def test_every_cell_composes_and_every_run_is_done_once(profile):
 
 
 def test_the_most_wanted_come_first_and_seeds_one_after_another():
-    runs = plan.runs("cpu", 2)
+    *runs, last = plan.runs("cpu", 2)
+    assert last.seed == plan.CHOICE_SEED
+    runs = [run for run in runs if run.seed < 2]
     language = [run.label.split(": ") for run in runs if run.seed == 0][:7]
     assert language[0] == ["charlm", "minGRU"] and {experiment for experiment, _ in language} == {"charlm"}
     labels = [run.label.removeprefix("selective_copy: ") for run in runs if run.experiment == "selective_copy"]
@@ -93,12 +97,19 @@ def test_the_most_wanted_come_first_and_seeds_one_after_another():
     assert labels.index("No gate S4") < labels.index("Mamba S6") < labels.index("GRU")
 
 
-def test_baselines_train_as_in_the_mamba_paper_in_profile_paper_only():
-    for profile, lr in (("paper", 1e-4), ("cpu", find("cpu", "minGRU, layers 3")[0].config["train"]["lr"])):
-        for label in ("No gate S4", "Mamba S6", "H3 Hyena"):
-            config = find(profile, label, 1)[0].config
-            assert config["train"]["lr"] == lr and config["model"]["layers"] == 2
-    assert find("paper", "minGRU, layers 3", 1)[0].config["train"]["lr"] == 3e-4
+def test_baselines_train_as_in_the_mamba_paper_and_minimal_rnns_as_their_sources_say():
+    for label in plan.COPYING_MODELS:
+        minimal = label in ("minGRU", "minLSTM")
+        for profile in ("paper", "cpu"):
+            config = find(profile, f"{label}, layers 3" if minimal else label, 1)[0].config
+            baseline = config["model"]["name"] == "ssm"
+            assert config["model"]["layers"] == (2 if baseline else 3)
+            assert config["train"]["weight_decay"] == (0 if baseline else 0.05)
+            if profile == "paper":
+                assert config["train"]["learning_rate"] == (1e-4 if baseline else 3e-4)
+    for row in ("minGRU", "minLSTM"):
+        train = find("paper", f"{row}, the text's Adam", 1)[0].config["train"]
+        assert (train["learning_rate"], train["weight_decay"]) == (1e-4, 0)
 
 
 def test_plain_rnns_have_the_parameters_of_the_minimal_ones():
@@ -165,7 +176,7 @@ def test_what_was_not_run_is_blank_and_what_failed_is_said(tmp_path):
     put(tmp_path, {key: failed[key] for key in failed if key not in ("curves", "steps", "seconds", "parameters")})
     tables.write_all(tmp_path)
     lines = long(tmp_path / "tables/table2_selective_copy_cpu.csv")
-    assert len(lines) == sum(cell.table == "table2_selective_copy" for cell in plan.CELLS)
+    assert len(lines) == sum(cell.table == "table2_selective_copy" and "cpu" in cell.profiles for cell in plan.CELLS)
     for row, n, mean in (("H3 Hyena", "1", "30"), ("LSTM", "0", ""), ("Mamba S6", "0", "")):
         line = lines[row, "accuracy"]
         assert (line["n"], line["mean"], line["std"]) == (n, mean, "")
@@ -197,9 +208,9 @@ def test_only_the_papers_own_scale_is_compared_with_it(tmp_path):
 def test_a_table_of_a_scaled_profile_alone_names_the_papers_scale(tmp_path):
     fill(tmp_path, "cpu")
     tables.write_all(tmp_path)
-    text = (tmp_path / "tables/selective_copy_longer_cpu.md").read_text()
-    assert "body length 256 (paper: 4,096), tokens to copy 16 (paper: 16)" in text
-    assert not any(cell.table == "selective_copy_longer" for run in plan.runs("paper", 1) for cell in run.cells)
+    text = (tmp_path / "tables/decision_variants_cpu.md").read_text()
+    assert "width 64 (paper: 128), steps 3,000 (paper: 100,000)" in text
+    assert not any(cell.table == "decision_variants" for run in plan.runs("paper", 1) for cell in run.cells)
 
 
 def test_naming_the_commonest_symbol_is_right_as_often_as_drawn():
@@ -261,11 +272,21 @@ def test_the_report_says_what_the_numbers_say(tmp_path):
         put(tmp_path, make_record(find("cpu", label, 1)[0], value))
     report.write_all(tmp_path)
     page = (tmp_path / "REPORT.md").read_text()
-    assert "minGRU with 3 layers: 99.0 % (n = 1), above 95 %." in page
-    assert "minLSTM with 3 layers: 95.0 % (n = 1), not above 95 %." in page
+    assert "The rows have 1 seed in common, and nothing is concluded from one." in page and "above 95" not in page
+    for label, value in (
+        ("minGRU, layers 1", 0.44), ("minGRU, layers 2", 0.92), ("minGRU, layers 3", 0.99), ("No gate S4", 0.12),
+        ("minLSTM, layers 1", 0.5), ("minLSTM, layers 2", 0.4), ("minLSTM, layers 3", 0.95),
+    ):  # fmt: skip
+        put(tmp_path, make_record(find("cpu", label)[1], value))
+    put(tmp_path, make_record(find("cpu", "No gate S4")[2], 0.9))  # a seed that the other rows do not have
+    report.write_all(tmp_path)
+    page = (tmp_path / "REPORT.md").read_text()
+    assert "minGRU with 3 layers: 99.0 ± 0.0 % (n = 2), above 95 %." in page
+    assert "minLSTM with 3 layers: 95.0 ± 0.0 % (n = 2), not above 95 %." in page
+    assert "Rows differ in n; all have seed 0, 1 in common." in page
     assert "minGRU: accuracy rises with each layer (1, 2, 3: 44.0 → 92.0 → 99.0)." in page
     assert "minLSTM: accuracy does not rise with each layer" in page
-    assert "No gate S4 (time-invariant): 12.0 % (n = 1), no more than the 26.9 % of naming the commonest" in page
+    assert "No gate S4 (time-invariant): 12.0 ± 0.0 % (n = 2), no more than the 20.4 % of naming the commonest" in page
     for link in re.findall(r"\]\((runs/[^)]+)\)", page):
         assert (tmp_path / link).exists()
     put(tmp_path, make_record(find("smoke", "GRU", 1)[0], 0.1))
@@ -282,7 +303,8 @@ def test_what_is_said_of_character_models(tmp_path):
         curve = [[step, 1.0, value] for step, value in ((steps // 4, 2.5), (steps // 2, at_1000), (steps, last))]
         put(tmp_path, make_record(run, 0.5, metrics={"last": values, "best": values}, curves={"val_loss": curve}))
 
-    for label, at_1000, last in (("minGRU", 1.8, 1.4), ("Transformer", 2.1, 1.8), ("minLSTM", 2.0, 1.9)):
+    calibration = ("Transformer, 4 layers, 128 wide", 2.1, 1.8)
+    for label, at_1000, last in (("minGRU", 1.8, 1.4), ("Transformer", 2.1, 1.8), ("minLSTM", 2.0, 1.9), calibration):
         for i, run in enumerate(find("cpu", label, 2, "charlm")):
             put_curve(run, at_1000 + 0.1 * i, last + 0.1 * i)
     report.write_all(tmp_path)
@@ -376,9 +398,10 @@ def test_scores_on_two_files_of_one_name_are_not_joined(tmp_path, monkeypatch, c
     assert reproduce.leave_without_data(nowhere) == [second]
     assert "hopper-medium is not here: python -m scripts.collect env=hopper level=medium" in capsys.readouterr().out
     (tmp_path / "local").mkdir()
-    (tmp_path / "local/hopper-medium.hdf5").write_text("new")
+    (tmp_path / "local/hopper-medium.hdf5").touch()
+    monkeypatch.setattr(decision_data, "dataset_checksum", lambda path, name: "new")
     assert reproduce.leave_without_data(planner) == [second] and planner.runs == [first]
-    monkeypatch.setattr(data, "sha256", lambda path: "old")
+    monkeypatch.setattr(decision_data, "dataset_checksum", lambda path, name: "old")
     assert (
         reproduce.leave_without_data(reproduce.Planner([first, second], str(tmp_path / "a"), "", lambda *_: [])) == []
     )
@@ -406,13 +429,13 @@ def test_only_some_runs_are_asked_for():
         return {run.label for run in reproduce.selected(plan.runs("cpu", 1), only)}
 
     assert labels("Layers 3") == {"selective_copy: minGRU, layers 3", "selective_copy: minLSTM, layers 3"}
-    assert labels("hopper-medium-replay") == {  # one fills a cell of another table too
+    assert labels("hopper-medium-replay") == {
         f"decision: {model}, dataset hopper-medium-replay" for model in plan.DECISION_MODELS
     }
-    assert "decision: minGRU, dataset hopper-medium-replay" in labels("as above")
+    assert "charlm: minGRU" in labels("minGRU, convention nanogpt")  # a cell of another table, filled by the same run
     assert not labels("mingru, layers 4")
     every = {run.label for run in plan.runs("cpu", 1)}
-    asked = {label for label in every if "walker2d" in label or "halfcheetah" in label}
+    asked = {label for label in every if "walker2d" in label or "halfcheetah" in label or "learning rate" in label}
     assert labels(None) == every - asked and len(labels("walker2d")) == 3 * 6 + 1 == len(labels("halfcheetah")) + 1
     paper = plan.runs("paper", 1)
     assert reproduce.selected(paper, None) == paper
@@ -433,7 +456,8 @@ def test_the_step_of_a_policy_is_drawn_from_the_benchmark(tmp_path):
 @pytest.mark.parametrize("last, said", [(0.9, "It rises with each"), (0.3, "It does not rise with each")])
 def test_what_is_said_of_the_forget_gates_bias(tmp_path, last, said):
     for bias, value in (("minLSTM, layers 3", 0.2), ("bias 1", 0.4), ("bias 2", 0.6), ("bias 4", last)):
-        put(tmp_path, make_record(find("cpu", bias, 1)[0], value))
+        for run in find("cpu", bias, 2):
+            put(tmp_path, make_record(run, value))
     report.write_all(tmp_path)
     page = (tmp_path / "REPORT.md").read_text()
     assert "11.0 (bias 0) → 22.0 (bias 1) → 33.0 (bias 2)" in page and said in page
@@ -453,7 +477,8 @@ def test_without_torch_and_twice_the_same(tmp_path):
     assert "table2_selective_copy_loss.png" in call("scripts.figures")
     assert "REPORT.md" in call("scripts.report")
     assert "figures/table2_selective_copy_accuracy.png" in (tmp_path / "results/REPORT.md").read_text()
-    assert "136 of 136 runs done, 0 left" in call("scripts.reproduce", "--profile", "paper", "--list")
+    count = len(plan.runs("paper", 1))
+    assert f"{count} of {count} runs done, 0 left" in call("scripts.reproduce", "--profile", "paper", "--list")
     files = sorted(path for path in (tmp_path / "results").rglob("*") if path.is_file() and "runs" not in path.parts)
     before = {path: path.read_bytes() for path in files}
     for module in (tables, figures, report):
