@@ -34,7 +34,7 @@ def panels() -> dict[str, list]:
             wr.BarPlot(title="Loss of all validation text, last", metrics=["last/test_loss"], **GROUPED),
             wr.BarPlot(title="Loss of all validation text, best", metrics=["best/test_loss"], **GROUPED),
         ],
-        "Training": [line("Learning rate", "lr"), wr.RunComparer(diff_only="split")],
+        "Training": [line("Learning rate", "learning_rate"), wr.RunComparer(diff_only="split")],
     }
 
 

@@ -432,6 +432,11 @@ class Run:
         return self.labels[0]
 
     @property
+    def asked(self) -> bool:
+        """Whether it is left to who asks for it by name."""
+        return all(self.config["profile"] in cell.asked for cell in self.cells)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """One for each cell that it fills."""
         return tuple(f"{self.experiment}: {cell.label}" for cell in self.cells)

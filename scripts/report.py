@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.tables import renew_readme
 from scripts import efficiency
 from scripts.plan import METRICS, TABLES, commonest
+from scripts.plan import runs as plan_runs
 from scripts.tables import (
     PAPER,
     Entry,
@@ -338,6 +339,21 @@ def _line(reason: str | None, most: int = 160) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def times(records: Records) -> list[str]:
+    """How long the runs of a seed take, by the records' seconds, with as many at once as there are cores."""
+    said = []
+    names = {"selective_copy": "selective copying", "charlm": "character model", "decision": "decision RNNs"}
+    for name, text in names.items():
+        wanted = [run for run in plan_runs("cpu", 1) if run.experiment == name and not run.asked]
+        done = [records[run.run_id] for run in wanted if run.run_id in records]
+        if done:
+            minutes = sum(record["seconds"] for record in done) / 60 / max(r["hardware"]["cores"] for r in done)
+            said.append(
+                f"{text}: {minutes:.0f} minutes for {len(done)} of {len(wanted)} runs on {'; '.join(machines(done))}"
+            )
+    return said
+
+
 # -- the page
 
 
@@ -460,6 +476,7 @@ def main() -> None:
         for table, profile, found in measured_tables(load(results_dir)):
             bullets = "\n".join(f"- {line}" for line in findings(table, profile, found))
             renew_readme(f"found:{file_name(table, profile)}", bullets)
+        renew_readme("found:times", "\n".join(f"- {line}" for line in times(load(results_dir))))
         for key, parts in efficiency.load(results_dir).items():
             bullets = "\n".join(f"- {line}" for line in efficiency.findings(parts))
             renew_readme(f"found:efficiency_{efficiency.slug(*key)}", bullets)

@@ -569,7 +569,7 @@ def selected(plan: list[Run], only: str | None) -> list[Run]:
     """Those with `only` in a name; without it all but those that nobody does unless asked."""
     if only is not None:
         return [run for run in plan if _named(run.labels, only)]
-    return [run for run in plan if any(run.config["profile"] not in cell.asked for cell in run.cells)]
+    return [run for run in plan if not run.asked]
 
 
 def _named(labels: Iterable[str], only: str | None) -> bool:
