@@ -6,7 +6,6 @@ byte, under one version of matplotlib.
 """
 
 import json
-import re
 import textwrap
 from collections import defaultdict
 from pathlib import Path
@@ -126,11 +125,11 @@ def score_against_steps(table: str, found: list[Entry]) -> Figure:
 
 
 def score_against_target(table: str, found: list[Entry]) -> Figure:
-    """What was got where so much was asked for, after the last step; the diagonal is who does as told."""
+    """The score reached against the score asked for, after the last step; on the diagonal they are equal."""
 
     def asked_and_got(record: dict) -> list[list[float]]:
-        last = record["metrics"]["last"]  # test_score_at_return_1800 is of a return
-        got = {key: value for key, value in last.items() if re.fullmatch(r"test_score_at_\d+", key)}
+        last = record["metrics"]["last"]
+        got = {key: value for key, value in last.items() if key.startswith("test_score_at_")}
         return sorted([float(key.rpartition("_")[2]), 0.0, value] for key, value in got.items())
 
     panels = panels_of(table, found)

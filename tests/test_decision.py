@@ -212,9 +212,7 @@ def test_a_recurrent_model_is_asked_in_both_ways(monkeypatch):
     assert test == {
         "score": score(1120), "score_window": score(320), "score_carried": score(1120), "return": 1120, "length": 7
     }  # fmt: skip
-    targets = {"at_return_6000": 6000} | {
-        f"at_{s}": -280.178953 + s / 100 * (12135 + 280.178953) for s in (20, 60, 100)
-    }
+    targets = {"second_target": 6000} | {f"at_{s}": -280.178953 + s / 100 * (12135 + 280.178953) for s in (20, 60, 100)}
     assert last == pytest.approx({f"score_{name}": score(1000 + target / 100) for name, target in targets.items()})
     v, t = eval_seed("val", 0), eval_seed("test", 0)
     assert calls[:3] == [
@@ -229,7 +227,7 @@ def test_decision_mamba_is_asked_with_a_padded_window(monkeypatch):
     calls, val, test, last = evaluated(monkeypatch, "hopper", "model=mamba", "data.context_length=10")
     score = partial(data.normalized, "hopper")
     assert val["score"] == test["score"] == test["score_window"] == score(136)
-    assert test["score_carried"] == score(1036) and last["score_at_return_1800"] == score(118)
+    assert test["score_carried"] == score(1036) and last["score_second_target"] == score(118)
     assert [call[3:] for call in calls] == [(10, True), (10, True), (None, True), (10, True)]
 
 
@@ -286,7 +284,7 @@ def test_a_run_leaves_its_scores(tmp_path, monkeypatch, folder, settings):
     carried = {"test_score_carried"} - ({"test_score_carried"} if settings == ("model=transformer",) else set())
     common = {"step", *(f"{split}_{x}" for split in ("val", "test") for x in ("score", "return", "length"))}
     common |= {"test_score_window"} | carried
-    extra = {"test_score_at_return_1800", *(f"test_score_at_{score}" for score in decision.TARGETS)}
+    extra = {"test_score_second_target", *(f"test_score_at_{score}" for score in decision.TARGETS)}
     assert {*record["metrics"]["best"]} == common and {*record["metrics"]["last"]} == common | extra
     for metrics in record["metrics"].values():
         low, high = data.ENVIRONMENTS["hopper"].reference

@@ -19,7 +19,7 @@ look back from the same ones.
     test_score_carried              the same with the state carried through the episode (of what has a recurrent form)
     test_score_window               the same with the last steps read anew at each step, data.context_length of them
                                     where eval.context_length is null, padded on the left where data.padding is left
-    test_score_at_return_<target>   asked for the second of Decision Transformer's targets
+    test_score_second_target        asked for the second of Decision Transformer's targets (facts.target_returns)
     test_score_at_<score>           asked for TARGETS
 
 the last two of the last weights alone.
@@ -76,7 +76,7 @@ def evaluate_last(cfg: Decision, dataset: data.Dataset, model: DecisionModel, sp
     second = environment.targets[1]
     targets = [second, *(low + score / 100 * (high - low) for score in TARGETS)]
     returns, _ = play(cfg, dataset, model, split, targets, cfg.eval.context_length)
-    names = [f"at_return_{second:.0f}", *(f"at_{score}" for score in TARGETS)]
+    names = ["second_target", *(f"at_{score}" for score in TARGETS)]
     found = dict(zip(names, returns, strict=True))
     return {f"score_{name}": data.normalized(dataset.env, row.mean()) for name, row in found.items()}
 
