@@ -182,8 +182,8 @@ TABLES = {
         caption="Policies learned from datasets that this project made (`scripts.collect`), in D4RL's schema and at "
         "its levels: scores are not to be compared with those on D4RL's own. minGRU, minLSTM, DAaren and DS4 carry "
         "their state through the episode; DT and DMamba read the last 20 steps anew at each step, as published. "
-        "Decision Transformer's targets are returns of 3600 and 1800 on Hopper, 12000 and 6000 on HalfCheetah, 5000 and "
-        "2500 on Walker2d.",
+        "Decision Transformer's targets are returns of 3600 and 1800 on Hopper, 12000 and 6000 on HalfCheetah, and "
+        "5000 and 2500 on Walker2d.",
         column="dataset",
         settings=DECISION_SCALE,
         more=DECISION_COLUMNS,
