@@ -1,7 +1,9 @@
 """Checkpoints that survive a kill: written whole, named by step and checksum, the last two kept."""
 
 import hashlib
+import json
 import os
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -9,16 +11,26 @@ from typing import Any
 
 import torch
 
+from .records import Refusal
+
 KEPT = 2
 NAME = re.compile(r"(\d{9})-([0-9a-f]{16})\.pt")
 
 
-def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Tensors and plain values only: `load` executes nothing from a file."""
+class CheckpointError(Refusal, ValueError):
+    """A checkpoint that is not this run's; the text names it and says what to do."""
+
+
+def save(folder: Path, step: int, state: dict[str, Any], belongs_to: dict[str, Any]) -> Path:
+    """Tensors and plain values only: `load` executes nothing from a file.
+
+    Args:
+        belongs_to: what the state depends on beside itself, the run's id and facts of its data, in JSON's types.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".writing-{os.getpid()}"
     with temporary.open("wb") as file:
-        torch.save(state, file)
+        torch.save(state | {"belongs_to": json.dumps(belongs_to, sort_keys=True)}, file)
         file.flush()
         os.fsync(file.fileno())
     path = folder / f"{step:09d}-{_checksum(temporary)}.pt"
@@ -40,12 +52,41 @@ def clean(folder: Path) -> None:
         path.unlink()
 
 
-def load(folder: Path, device: str | torch.device) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, or None."""
+def load(
+    folder: Path, device: str | torch.device, belongs_to: dict[str, Any], steps: int | None = None
+) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole, or None.
+
+    Raises CheckpointError: it differs in something of belongs_to, or is of a step after `steps`.
+    """
     for path in _found(folder):
         if _whole(path):
-            return torch.load(path, map_location=device, weights_only=True)
+            try:
+                saved = torch.load(path, map_location=device, weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                text = str(error).strip().splitlines()[0]
+                raise CheckpointError(f"{path}: expected tensors and plain values ({text}); {_todo(path)}") from error
+            _check(path, saved, belongs_to, steps)
+            return saved
     return None
+
+
+def _check(path: Path, saved: dict[str, Any], belongs_to: dict[str, Any], steps: int | None) -> None:
+    todo = _todo(path)
+    if not isinstance(saved, dict) or "belongs_to" not in saved:
+        raise CheckpointError(f"{path}: expected a run's checkpoint that says what it belongs to; {todo}")
+    found, expected = json.loads(saved["belongs_to"]), json.loads(json.dumps(belongs_to))
+    for key, value in expected.items():
+        if found.get(key) != value:
+            text = f"expected a checkpoint of {key} {value!r:.80}, got one of {found.get(key)!r:.80}"
+            raise CheckpointError(f"{path}: {text}; {todo}")
+    step = saved["state"]["step"]
+    if steps is not None and not 0 <= step <= steps:
+        raise CheckpointError(f"{path}: expected a step up to {steps}, got {step}; {todo}")
+
+
+def _todo(path: Path) -> str:
+    return f"remove {path.parent} to have the run begin anew"
 
 
 def _whole(path: Path) -> bool:

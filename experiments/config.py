@@ -7,6 +7,8 @@ does not enter its id.
 import difflib
 import hashlib
 import json
+import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -53,6 +55,13 @@ class Model:
 
     def __post_init__(self):
         positive(self, "model", "dim", "layers")
+        between(self, "model", 0, None, "conv", "mlp")
+        between(self, "model", 0, 1, "dropout")
+        for name in ("expansion", "heads", "state_size"):
+            if getattr(self, name, None) is not None:
+                positive(self, "model", name)
+        if hasattr(self, "forget_bias"):
+            between(self, "model", None, None, "forget_bias")
         one_of(self, "model", "activation", ("gelu", "relu", "geglu"))
         one_of(self, "model", "norm", ("rms", "layer"))
         one_of(self, "model", "init", ("torch", "gpt2", "dt"))
@@ -166,6 +175,15 @@ class Train:
 
     def __post_init__(self):
         positive(self, "train", "steps", "batch_size", "learning_rate")
+        between(self, "train", 0, None, "warmup_steps", "min_lr", "weight_decay")
+        between(self, "train", 0, 1, "beta2")
+        for name in ("grad_clip", "patience"):
+            if getattr(self, name) is not None:
+                positive(self, "train", name)
+        if self.beta2 == 1:
+            raise ValueError("train.beta2: expected less than 1, got 1")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"train.min_lr: expected at most learning_rate={self.learning_rate}, got {self.min_lr}")
         one_of(self, "train", "decay", ("all", "matrices"))
         one_of(self, "train", "schedule", ("constant", "cosine"))
         one_of(self, "train", "precision", ("fp32", "bf16", "fp16"))
@@ -215,6 +233,9 @@ class Run:
 
     def __post_init__(self):
         one_of(self, "", "logger", ("wandb", "none"))
+        one_of(self.wandb, "wandb", "mode", ("offline", "online"))
+        where(self)
+        between(self, "", 0, None, "checkpoint_every")
         if not 0 <= self.seed < RUNS:
             raise ValueError(f"seed: expected 0 to {RUNS - 1}, got {self.seed}")
         if self.micro_batches < 1 or self.train.batch_size % self.micro_batches:
@@ -345,6 +366,9 @@ class Efficiency:
     progress: bool = True
     budget: float | None = None  # seconds from the start of the process, which a sweep shares
 
+    def __post_init__(self):
+        where(self)
+
 
 EXPERIMENTS = {"selective_copy": SelectiveCopy, "charlm": CharLM, "decision": Decision, "efficiency": Efficiency}
 
@@ -367,9 +391,36 @@ def typed(config: dict[str, Any]) -> Run:
     return type(found)(**(config | parts))
 
 
+THREADS = 1024  # more than any machine has; torch's pool dies of a hundred thousand
+
+
+def where(config: Any) -> None:
+    """Checks what says where and how a run is done."""
+    for name in ("results_dir", "output_dir"):
+        if not str(getattr(config, name)).strip():
+            raise ValueError(f"{name}: expected a folder, got nothing; . is this one")
+    if config.threads is not None and not 1 <= config.threads <= THREADS:
+        raise ValueError(f"threads: expected 1 to {THREADS}, got {config.threads}")
+    if config.budget is not None and not 0 <= config.budget < math.inf:
+        raise ValueError(f"budget: expected seconds from 0 up, got {config.budget}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", config.device):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:<number>, got {config.device!r}")
+
+
+def between(config: Any, section: str, low: float | None, high: float | None, *names: str) -> None:
+    """Finite, and from low to high where these are given."""
+    for name in names:
+        value = getattr(config, name)
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+            expected = "a finite number"
+            if low is not None:
+                expected = f"{low} or more" if high is None else f"{low} to {high}"
+            raise ValueError(f"{f'{section}.{name}'.strip('.')}: expected {expected}, got {value}")
+
+
 def positive(config: Any, section: str, *names: str) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
+        if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{section}.{name}: expected more than 0, got {getattr(config, name)}")
 
 

@@ -15,6 +15,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from .records import Refusal
+
 FOLDER = Path("data")
 
 
@@ -48,7 +50,7 @@ D4RL = {
 }
 
 
-class DataError(RuntimeError):
+class DataError(Refusal, RuntimeError):
     """A file that cannot be had, or is not what it should be; the text says what to do."""
 
 

@@ -29,6 +29,7 @@ from . import checkpoints, machine, records, tracking
 from .config import Run, Train, run_id
 from .seeds import noise_seed
 
+DATA_FACTS = ("dataset_sha256", "vocabulary", "characters")  # of a task's facts
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,6 +57,10 @@ class Task:
     maximize: bool = True
     evaluate_last: Callable[[nn.Module, str], dict[str, float]] = lambda model, split: {}
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class SettingError(records.Refusal, ValueError):
+    """Settings of which no model or task can be made."""
 
 
 class Diverged(Exception):
@@ -105,7 +110,10 @@ def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world
     try:
         machine.keep_freed_memory()
         torch.manual_seed(noise_seed(cfg.seed, 0))
-        task = build(cfg, device)
+        try:
+            task = build(cfg, device)
+        except ValueError as error:  # settings that do not go together
+            raise error if isinstance(error, records.Refusal) else SettingError(error) from error
         record |= {"facts": task.facts} if task.facts else {}
         state = _train(cfg, task, name, folder, device, rank, world)
         outcome = {"status": "done", "reason": None, "metrics": {"last": state.last, "best": state.best}}
@@ -116,6 +124,8 @@ def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world
     except Diverged as reason:
         text, state = reason.args
         outcome = {"status": "diverged", "reason": text, "metrics": {}}
+    except records.Refusal:
+        raise
     except Exception as error:
         reason = "".join(traceback.format_exception_only(error)).strip()
         if rank == 0:
@@ -231,7 +241,9 @@ def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, 
     if rank == 0:
         checkpoints.clean(folder)
     _from_first(None, world)  # the others look only now
-    saved = checkpoints.load(folder, device)
+    # The data too: with another file under the same name a record would name one and be trained on both.
+    belongs_to = {"run_id": name} | {key: task.facts[key] for key in DATA_FACTS if key in task.facts}
+    saved = checkpoints.load(folder, device, belongs_to, steps)
     if saved is not None:
         trainer.load_state_dict(saved)
         state, best_weights = _State(**saved["state"]), saved["best_weights"]
@@ -240,7 +252,7 @@ def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, 
     def save() -> None:
         if rank == 0:
             parts = {"state": dataclasses.asdict(state), "best_weights": best_weights}
-            checkpoints.save(folder, state.step, trainer.state_dict() | parts)
+            checkpoints.save(folder, state.step, trainer.state_dict() | parts, belongs_to)
 
     def evaluate(split: str, function: Callable = task.evaluate) -> dict[str, float]:
         """On the first process, for all."""

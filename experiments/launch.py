@@ -21,8 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from . import config
-from .data import DataError
+from . import config, records
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SEARCH = f"hydra.searchpath=[file://{CONFIGS}]"
@@ -55,7 +54,7 @@ def _task(cfg: DictConfig) -> str:
     here = os.environ.get("MINRNN_MAIN_PROCESS") == str(os.getpid())
     try:
         outcome = importlib.import_module(f"experiments.{cfg.experiment}").run(OmegaConf.to_object(cfg))
-    except DataError as error:
+    except records.Refusal as error:
         if here:
             sys.exit(f"error: {error}")  # it says what to do; a traceback would say no more
         raise

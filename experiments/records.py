@@ -4,16 +4,24 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import config
+
 SCHEMA_VERSION = 2
 STATUSES = ("done", "failed", "diverged")
 CURVE_POINTS = 500
+MOST_BYTES = 64 * 2**20  # of a record
 
 
-class RecordError(ValueError):
+class Refusal(Exception):
+    """What was asked for can't be done, and nothing was run; the text says what to do."""
+
+
+class RecordError(Refusal, ValueError):
     """A record that is not what it should be; the text names it and says what to do."""
 
 
@@ -39,20 +47,58 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError, and RecordError for what is no JSON object."""
+    """Raises FileNotFoundError, and RecordError for what is no JSON object of finite numbers."""
+    again = "remove it to have the run done again"
     try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{path}: not a record ({error}); remove it to have the run done again") from error
+        found = json.loads(read_file(path, RecordError, MOST_BYTES).decode(), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(f"{path}: not a record ({error}); {again}") from error
     if not isinstance(found, dict):
-        raise RecordError(
-            f"{path}: expected a record, got a {type(found).__name__}; remove it to have the run done again"
-        )
+        raise RecordError(f"{path}: expected a record, got a {type(found).__name__}; {again}")
     return found
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"expected finite numbers, got {constant}")
+
+
+def read_file(path: Path, error: type[Exception], most: int) -> bytes:
+    """A regular file's content. Raises FileNotFoundError, and `error` for another kind of file, or a larger one.
+
+    A pipe would never end, and a device neither.
+    """
+    try:
+        size = regular(path, error)
+        if size > most:
+            raise error(f"{path}: expected at most {most / 2**20:.0f} MiB, got {size / 2**20:.0f} MiB")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror})") from problem
+
+
+def regular(path: Path, error: type[Exception]) -> int:
+    """Bytes of a regular file. Raises OSError where there is none, and `error` for another kind of file."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path}: expected a file, got a {_kind(status.st_mode)}")
+    return status.st_size
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_ISDIR: "folder", stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket"}
+    return next((name for holds, name in kinds.items() if holds(mode)), "device")
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
-    """None where there is none. A record of another schema, or one that cannot be read, is a RecordError."""
+    """None where there is none.
+
+    Raises RecordError: it cannot be read, is of another schema, lacks something, or is not what its folder and the
+    hash of its settings say.
+    """
     try:
         record = read_json(path)
     except FileNotFoundError:
@@ -60,8 +106,39 @@ def read_record(path: Path) -> dict[str, Any] | None:
     version = record.get("schema_version")
     if version != SCHEMA_VERSION:
         todo = "; `python -m scripts.migrate` renames its settings, the numbers stay" if version == 1 else ""
-        raise RecordError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {version}{todo}")
+        raise RecordError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {version!r}{todo}")
+    problem = _problem(path, record)
+    if problem:
+        raise RecordError(f"{path}: {problem}; remove it to have the run done again")
     return record
+
+
+def _problem(path: Path, record: dict[str, Any]) -> str | None:
+    measured = record.get("experiment") == "efficiency"  # which has points, and neither metrics nor an end
+    kinds = {"run_id": str, "experiment": str, "profile": str, "config": dict}
+    kinds |= {} if measured else {"seed": int, "metrics": dict}
+    for key, kind in kinds.items():
+        if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
+            return f"expected {key} as {kind.__name__}, got {record.get(key)!r:.60}"
+    if record.get("status") not in STATUSES:
+        return f"expected a status of {STATUSES}, got {record.get('status')!r:.60}"
+    if not measured and not isinstance(record.get("ended"), int | float):
+        return f"expected ended as a number, got {record.get('ended')!r:.60}"
+    place = (path.parent.parent.name, path.parent.name)
+    if place != (record["experiment"], record["run_id"]):
+        return f"the record of {record['experiment']} {record['run_id']} lies in the folder of {'/'.join(place)}"
+    try:
+        found = config.run_id(record["config"])
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"expected the settings of a run, got what lacks {error}"
+    if found != record["run_id"] or record.get("seed", record["config"]["seed"]) != record["config"]["seed"]:
+        return f"its settings are those of run {found} (or a default has changed)"
+    if record["status"] == "done" and not measured:
+        for which in ("last", "best"):
+            values = record["metrics"].get(which)
+            if not isinstance(values, dict) or not all(type(value) in (int, float) for value in values.values()):
+                return f"expected metrics.{which} as numbers by name, got {values!r:.60}"
+    return None
 
 
 def read_records(results_dir: str | Path, experiment: str) -> list[dict[str, Any]]:
@@ -88,11 +165,28 @@ def claim(folder: Path, name: str = "lock") -> Iterator[bool]:
 
     The system frees a claim with the process that held it, whatever ended that.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".{name}").open("w") as file:
+    path = folder / f".{name}"
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # Not through a link, whose target is none of ours, and nothing in it is changed.
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except FileNotFoundError:  # the folder went in between
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(file)
             yield False
             return
+        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+            break
+        os.close(file)  # its holder removed it
+    try:
         yield True
+    finally:
+        if not any(other.name != path.name for other in folder.iterdir()):  # nothing was run
+            path.unlink()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        os.close(file)

@@ -291,7 +291,7 @@ def test_a_run_leaves_its_scores(tmp_path, monkeypatch, folder, settings):
         assert metrics["test_score"] == pytest.approx(100 * (metrics["test_return"] - low) / (high - low))
         assert 1 <= metrics["test_length"] <= 1000
     assert [step for step, _, _ in record["curves"]["val_score"]] == [5, 10]
-    assert checkpoints.load(records.work_dir(tmp_path / "outputs", "decision", name), "cpu")["state"]["step"] == 10
+    assert checkpoints.load(records.work_dir(tmp_path / "outputs", "decision", name), "cpu", {})["state"]["step"] == 10
     expected = data.dataset_checksum(folder / "local" / "hopper-random.hdf5", "local/hopper-random")
     assert record["facts"]["dataset_sha256"] == expected and record["versions"]["mujoco"]
     assert record["facts"]["target_returns"] == [3600, 1800]

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -102,16 +101,33 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path, whole):
     assert numbers(record_of(tmp_path, cfg)) == numbers(whole)
 
 
+def state_at(step):
+    return {"state": {"step": step}}
+
+
+def test_a_checkpoint_of_another_run_of_other_data_or_of_a_later_step_is_refused(tmp_path):
+    mine = {"run_id": "a", "dataset_sha256": "one"}
+    checkpoints.save(tmp_path, 50, state_at(50), mine)
+    assert checkpoints.load(tmp_path, "cpu", mine, 50)["state"] == {"step": 50}
+    for other, steps, match in (
+        ({"run_id": "b"}, 50, "of run_id 'b', got one of 'a'"),
+        (mine | {"dataset_sha256": "two"}, 50, "of dataset_sha256 'two', got one of 'one'"),
+        (mine, 49, "expected a step up to 49, got 50"),
+    ):
+        with pytest.raises(checkpoints.CheckpointError, match=f"{match}; remove {tmp_path} to have the run begin anew"):
+            checkpoints.load(tmp_path, "cpu", other, steps)
+
+
 def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
     for step in (200, 300):
-        path = checkpoints.save(tmp_path, step, {"step": step})
+        path = checkpoints.save(tmp_path, step, state_at(step), {"run_id": "a"})
         path.write_bytes(path.read_bytes()[:-1])
     (tmp_path / ".writing-123").write_bytes(b"half")
     with pytest.warns(UserWarning, match="is damaged"):
         checkpoints.clean(tmp_path)
-    assert checkpoints.load(tmp_path, "cpu") is None
-    checkpoints.save(tmp_path, 50, {"step": 50})
-    assert checkpoints.load(tmp_path, "cpu") == {"step": 50}
+    assert checkpoints.load(tmp_path, "cpu", {"run_id": "a"}) is None
+    checkpoints.save(tmp_path, 50, state_at(50), {"run_id": "a"})
+    assert checkpoints.load(tmp_path, "cpu", {"run_id": "a"})["state"] == {"step": 50}
     assert not list(tmp_path.glob(".writing-*"))
 
 
@@ -120,17 +136,17 @@ def test_a_checkpoint_executes_nothing(tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "executed",))
 
-    path = checkpoints.save(tmp_path, 1, {"model": Evil()})
-    with pytest.raises(pickle.UnpicklingError, match="[Ww]eights"):
-        checkpoints.load(tmp_path, "cpu")
+    path = checkpoints.save(tmp_path, 1, {"model": Evil()}, {"run_id": "a"})
+    with pytest.raises(checkpoints.CheckpointError, match="expected tensors and plain values .*remove"):
+        checkpoints.load(tmp_path, "cpu", {"run_id": "a"})
     assert path.exists() and not (tmp_path / "executed").exists()
 
 
 def test_only_the_last_two_checkpoints_stay(tmp_path):
     for step in (5, 10, 15):
-        checkpoints.save(tmp_path, step, {"step": step})
+        checkpoints.save(tmp_path, step, state_at(step), {"run_id": "a"})
     assert [int(path.name[:9]) for path in sorted(tmp_path.iterdir())] == [10, 15]
-    assert checkpoints.load(tmp_path, "cpu") == {"step": 15}
+    assert checkpoints.load(tmp_path, "cpu", {"run_id": "a"})["state"] == {"step": 15}
 
 
 def test_a_run_that_is_told_to_stop_goes_on_later(tmp_path, whole):

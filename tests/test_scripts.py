@@ -515,7 +515,7 @@ with records.claim(records.record_path(results, "selective_copy", run_id).parent
         Path(ran).with_suffix(".waiting").touch()
         time.sleep(60)
     time.sleep(0.05)
-    record = records.json.loads(Path(ran).with_name("template.json").read_text())
+    record = records.json.loads(Path(ran).with_name(f"{run_id}.json").read_text())
     status = {"fail": "failed", "diverge": "diverged"}.get(behaviour, "done")
     record.update(run_id=run_id, status=status, ended=time.time())
     if status != "done":
@@ -531,7 +531,8 @@ class World:
     def __init__(self, folder):
         self.folder = folder
         self.runs = [run for run in plan.runs("smoke", 1) if run.experiment == "selective_copy"][:8]
-        records.write_json(folder / "template.json", make_record(self.runs[0], 0.5))
+        for run in self.runs:
+            records.write_json(folder / f"{run.run_id}.json", make_record(run, 0.5))
         (folder / "stub.py").write_text(STUB)
 
     def planner(self, name="one", behaviours=None, **settings):

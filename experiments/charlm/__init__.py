@@ -26,7 +26,10 @@ from minrnn.models import TokenModel
 
 from .. import data, engine
 from ..config import TEXTS, CharLM
+from ..records import read_file
 from ..seeds import eval_seed, train_seed
+
+MOST_BYTES = 2**30  # of a text, whose characters are all held in memory
 
 
 class Text:
@@ -98,8 +101,8 @@ def identify(cfg: CharLM) -> CharLM:
 
 def _bytes(path: str | Path) -> bytes:
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
+        return read_file(Path(path), data.DataError, MOST_BYTES)
+    except FileNotFoundError as error:
         raise data.DataError(f"data.path: cannot read {path} ({error.strerror})") from error
 
 

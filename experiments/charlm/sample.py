@@ -68,7 +68,9 @@ def load(settings: Settings) -> tuple[TokenModel, str]:
         hint = f"the nearest is {near[0]}" if near else "there is none: python -m experiments.charlm makes one"
         raise ValueError(f"run: no run {settings.run!r} in {settings.results_dir}/runs/charlm; {hint}")
     cfg = typed(record["config"])
-    saved = checkpoints.load(records.work_dir(settings.output_dir, "charlm", settings.run), settings.device)
+    saved = checkpoints.load(
+        records.work_dir(settings.output_dir, "charlm", settings.run), settings.device, {"run_id": settings.run}
+    )
     if saved is None:
         raise ValueError(
             f"run: {settings.run} has a record, but no weights in {settings.output_dir} (they stay where it was run); "

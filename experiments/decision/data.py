@@ -43,6 +43,7 @@ from torch import Tensor
 
 from .. import data
 from ..data import DataError
+from ..records import regular
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,8 @@ def read(path: str | Path, name: str) -> Dataset:
     """
     source, env, _ = split_name(name)
     states, actions = ENVIRONMENTS[env].sizes
+    if Path(path).exists():
+        regular(Path(path), DataError)  # a pipe would never open
     try:
         with h5py.File(path, "r") as file:
             if source == "minari":

@@ -70,7 +70,7 @@ def load(settings: Settings) -> tuple[Decision, data.Dataset, DecisionModel]:
         raise ValueError(f"run: expected one that is done, {settings.run} is {record['status']} ({record['reason']})")
     cfg = typed(record["config"])
     folder = records.work_dir(settings.output_dir, "decision", settings.run)
-    saved = checkpoints.load(folder, "cpu")
+    saved = checkpoints.load(folder, "cpu", {"run_id": folder.name})
     if saved is None:
         raise ValueError(
             f"run: {settings.run} has a record, but there is no {folder}/{cfg.train.steps:09d}-*.pt, its weights (they "

@@ -1,0 +1,147 @@
+"""What is wrong is said in one line that names it, and nothing is left behind where nothing was run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import config, records
+from scripts import plan, tables
+from tests.test_scripts import make_record, put
+
+ROOT = Path(__file__).parent.parent
+WRONG = {
+    "train.grad_clip=-1": "train.grad_clip: expected more than 0, got -1.0",
+    "train.grad_clip=0": "train.grad_clip: expected more than 0",
+    "train.min_lr=-1": "train.min_lr: expected 0 or more",
+    "train.min_lr=inf": "train.min_lr: expected 0 or more, got inf",
+    "train.min_lr=1": "train.min_lr: expected at most learning_rate=0.001, got 1.0",
+    "train.weight_decay=-1": "train.weight_decay: expected 0 or more",
+    "train.warmup_steps=-5": "train.warmup_steps: expected 0 or more",
+    "train.patience=0": "train.patience: expected more than 0",
+    "train.beta2=1": "train.beta2: expected less than 1",
+    "train.learning_rate=nan": "train.learning_rate: expected more than 0, got nan",
+    "train.learning_rate=inf": "train.learning_rate: expected more than 0, got inf",
+    "train.precision=fp8": "train.precision: expected one of",
+    "model.dropout=2": "model.dropout: expected 0 to 1",
+    "model.mlp=-1": "model.mlp: expected 0 or more",
+    "model.mlp=nan": "model.mlp: expected 0 or more, got nan",
+    "model.expansion=0": "model.expansion: expected more than 0",
+    "model.norm=layr": "model.norm: expected one of ('rms', 'layer'), got 'layr'; the nearest is layer",
+    "results_dir=": "results_dir: expected a folder, got nothing",
+    "output_dir=": "output_dir: expected a folder, got nothing",
+    "threads=0": "threads: expected 1 to 1024, got 0",
+    "threads=100000": "threads: expected 1 to 1024, got 100000",
+    "device=mps": "device: expected auto, cpu, cuda",
+    "budget=nan": "budget: expected seconds from 0 up, got nan",
+    "checkpoint_every=-1": "checkpoint_every: expected 0 or more",
+    "wandb.mode=foo": "wandb.mode: expected one of",
+    "micro_batches=0": "micro_batches: expected a divisor",
+    "seed=-1": "seed: expected 0 to",
+}
+
+
+def resolved(setting):
+    from experiments.launch import check
+
+    check("selective_copy", ["profile=smoke", "model=mingru", setting])
+
+
+@pytest.mark.parametrize("setting", WRONG)
+def test_a_setting_out_of_range_is_named(setting):
+    with pytest.raises(Exception) as caught:
+        resolved(setting)
+    text = f"{caught.value}: {caught.value.__cause__}"
+    assert WRONG[setting] in text, text
+
+
+def call(folder, experiment, *settings):
+    """Exit code, lines and what is left of an experiment's command."""
+    places = [f"results_dir={folder / 'results'}", f"output_dir={folder / 'outputs'}", "logger=none", "progress=false"]
+    command = [sys.executable, "-m", f"experiments.{experiment}", "profile=smoke", *places, *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    left = [path for name in ("results", "outputs") for path in (folder / name).rglob("*") if path.is_file()]
+    return done.returncode, (done.stdout + done.stderr).strip().splitlines(), left
+
+
+def test_a_refused_run_leaves_one_line_and_nothing_else(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "text").write_text("to be or not to be " * 100)
+    for settings, line in (
+        ((f"data.path={tmp_path / 'pipe'}",), f"error: {tmp_path / 'pipe'}: expected a file, got a pipe"),
+        (("data.path=/dev/zero",), "error: /dev/zero: expected a file, got a device"),
+        ((f"data.path={tmp_path / 'text'}", "model=transformer", "model.heads=7"), "error: heads: expected a divisor"),
+    ):
+        code, lines, left = call(tmp_path, "charlm", *settings)
+        assert code not in (0, None) and len(lines) == 1 and lines[0].startswith(line), lines
+        assert left == [], left
+
+
+RUN = plan.runs("smoke", 1, [cell for cell in plan.CELLS if cell.row == "GRU" and cell.experiment == "selective_copy"])[
+    0
+]
+DAMAGES = {
+    "NaN": (lambda r: r["metrics"]["last"].update(val_loss=float("nan")), "expected finite numbers, got NaN"),
+    "status": (lambda r: r.update(status="foo"), "expected a status of .*, got 'foo'"),
+    "another run": (lambda r: r.update(run_id="0123456789ab"), "lies in the folder of"),
+    "other settings": (lambda r: r["config"]["train"].update(steps=7), "its settings are those of run"),
+    "another seed": (lambda r: r.update(seed=5), "its settings are those of run"),
+    "no settings": (lambda r: r.pop("config"), "expected config as dict, got None"),
+    "empty settings": (lambda r: r.update(config={"seed": 0}), "expected the settings of a run, got what lacks"),
+    "no end": (lambda r: r.update(ended="soon"), "expected ended as a number, got 'soon'"),
+    "words for numbers": (lambda r: r["metrics"]["best"].update(val_loss="low"), "expected metrics.best as numbers"),
+    "no metrics": (lambda r: r.update(metrics={}), "expected metrics.last as numbers"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_record_that_is_not_what_it_says_is_refused(tmp_path, damage):
+    change, match = DAMAGES[damage]
+    record = json.loads(json.dumps(make_record(RUN, 0.5)))
+    change(record)
+    path = records.record_path(tmp_path, "selective_copy", RUN.run_id)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(record))
+    with pytest.raises(records.RecordError, match=f"{path}: .*{match}"):
+        tables.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b"null", b"{", b'{"a": 1}', b"[" * 100_000, b""])
+def test_what_is_no_record_is_refused(tmp_path, content):
+    path = records.record_path(tmp_path, "selective_copy", RUN.run_id)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(records.RecordError, match=str(path)):
+        records.read_record(path)
+
+
+def test_a_record_that_is_no_file_is_refused(tmp_path):
+    path = records.record_path(tmp_path, "selective_copy", RUN.run_id)
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    with pytest.raises(records.RecordError, match="expected a file, got a pipe"):
+        records.read_record(path)
+
+
+def test_a_record_in_its_place_is_read(tmp_path):
+    put(tmp_path, make_record(RUN, 0.5))
+    assert [*tables.load(tmp_path)] == [RUN.run_id] == [config.run_id(RUN.config)]
+
+
+def test_a_claim_changes_nothing_through_a_link_and_leaves_no_empty_folder(tmp_path):
+    target = tmp_path / "target"
+    target.write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to(target)
+    with pytest.raises(OSError), records.claim(tmp_path / "run"):
+        pass
+    assert target.read_text() == "kept"
+    with records.claim(tmp_path / "other") as mine, records.claim(tmp_path / "other") as again:
+        assert mine and not again
+    assert not (tmp_path / "other").exists()
+    with records.claim(tmp_path / "third") as mine:
+        (tmp_path / "third/record.json").touch()
+    assert sorted(path.name for path in (tmp_path / "third").iterdir()) == [".lock", "record.json"]
