@@ -407,6 +407,8 @@ def test_the_shift_ssm_is_its_state_space_form(T):
     assert torch.equal(started.B, torch.eye(64)[:1].expand(500, 64))
     assert started.C.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.03) and started.C.abs().max() <= 1 / 8
     assert started.D.std().item() == pytest.approx(1, rel=0.1)
+    marks = {name: (hasattr(p, "no_weight_decay"), getattr(p, "lr_max", None)) for name, p in layer.named_parameters()}
+    assert marks == {"B": (True, 1e-3), "C": (False, None), "D": (True, None)}
 
 
 def test_the_published_blocks_have_their_parameters():

@@ -340,8 +340,11 @@ class ShiftSSM(Mixer):
     """The shift SSM of H3: a causal filter of `size` taps for every channel, and D x (arXiv 2212.14052, section 3.1).
 
     y_t = C h_t + D x_t, where h_t is h_{t-1} shifted by one place, plus B x_t: so the taps are k_j = sum_n B_n C_{n+j}.
-    As in the authors' code (https://github.com/HazyResearch/H3, src/models/ssm/ss_kernel.py and h3.py) B starts from
-    e_1 and C from U(-1/sqrt(size), 1/sqrt(size)), both are trained, B and D do not decay.
+    As in the authors' code
+    (https://github.com/HazyResearch/H3/blob/5c4d06b5795405170387c80998b58d76179a8a1a/src/models/ssm/ss_kernel.py)
+    B starts from e_1 and C from U(-1/sqrt(size), 1/sqrt(size)), and both are trained. B and D do not decay, and B's
+    lr_max is 1e-3, as for the dynamics of S4D
+    (https://github.com/HazyResearch/safari/blob/02220c69d247e5473616cd053a443ad99fd2559b/configs/model/layer/h3.yaml).
 
     The state is the last size - 1 inputs, (batch, size - 1, dim).
     """
@@ -356,6 +359,7 @@ class ShiftSSM(Mixer):
         self.C = nn.Parameter(torch.empty(dim, size).uniform_(-(size**-0.5), size**-0.5))
         self.D = nn.Parameter(torch.randn(dim))
         no_weight_decay(self.B, self.D)
+        self.B.lr_max = 1e-3
 
     def taps(self) -> Tensor:
         """(dim, size), in the parameters' dtype."""
