@@ -101,7 +101,7 @@ LANGUAGE_SCALE = (("data.block_size", "block"), ("train.steps", "steps"), ("trai
 LANGUAGE_COLUMNS = (
     ("whole text (best)", "whole_loss_nats", "best"),
     ("step of best", "steps", "best"),
-    ("tokens/s", "tokens_per_second", "last"),
+    ("tokens/s, beside other runs", "tokens_per_second", "last"),
 )
 DECISION_SCALE = (("model.dim", "width"), ("train.steps", "steps"), ("eval.episodes", "episodes an evaluation"))
 DECISION_COLUMNS = (
