@@ -12,7 +12,7 @@ from scripts.style import STYLES, head
 TITLES = {"minGRU": "minGRU and GRU", "minLSTM": "minLSTM and LSTM", "others": "Mamba and attention"}
 MIB = 2**20
 STYLE_OF = {  # the same in every figure
-    "minGRU": 0, "minLSTM": 1, "minGRU, log-space": 5, "minLSTM, log-space": 5, "minGRU, loop": 1, "minLSTM, loop": 0,
+    "minGRU": 0, "minLSTM": 1, "minGRU, log-space": 5, "minLSTM, log-space": 5, "minGRU, loop": 1, "minLSTM, loop": 3,
     "minGRU-pytorch": 2, "GRU, torch": 3, "LSTM, torch": 2, "GRU, loop": 4, "LSTM, loop": 4, "Mamba": 4, "mamba-ssm": 3,
     "attention": 5,
 }  # fmt: skip

@@ -1,7 +1,8 @@
 """Time and memory of layers, by length, batch size and width: `python -m experiments.efficiency part=train`.
 
 The paper's figures 1, 3 and 4 (arXiv 2410.01201), with two baselines each: the hand-written loop that the paper has,
-and the layer that a user of torch has. A record's `points` hold, for each layer at each size:
+and the layer that a user of torch has. minGRU and minLSTM stand in three forms: fused, in log space as the paper has
+them, and as a loop. A record's `points` hold, for each layer at each size:
 
     status    done, time-out, out of memory or failed, with the reason
     median, q1, q3, min    seconds of a run; n of them. All layers of a point are run by turns, in a process that keeps
