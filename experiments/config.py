@@ -10,6 +10,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -373,6 +374,7 @@ class Efficiency:
 EXPERIMENTS = {"selective_copy": SelectiveCopy, "charlm": CharLM, "decision": Decision, "efficiency": Efficiency}
 
 
+@cache
 def register() -> None:
     """Makes the schemas known to Hydra, as `schema` of each experiment and of each model."""
     store = ConfigStore.instance()

@@ -5,18 +5,20 @@ budget, told to stop, or another process is at it) and the same command goes on;
 such a run counts as failed.
 """
 
+import copy
 import dataclasses
 import difflib
 import importlib
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -67,8 +69,23 @@ def _task(cfg: DictConfig) -> str:
 
 
 def compose(experiment: str, overrides: list[str]) -> dict[str, Any]:
-    """The whole configuration that a command line of these overrides gives, as records hold it."""
-    return OmegaConf.to_container(_compose(experiment, overrides), resolve=True)
+    """The whole configuration that a command line of these overrides gives, as records hold it.
+
+    Hydra takes a tenth of a second for each; here it composes each choice of files once.
+    """
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    chosen = tuple(o.input_line for o in parsed if o.key_or_group in GROUPS)
+    found = copy.deepcopy(_chosen(experiment, chosen))
+    for override in parsed:
+        if override.key_or_group not in GROUPS:
+            value = override.value()
+            OmegaConf.update(found, override.key_or_group, value.text if isinstance(value, QuotedString) else value)
+    return OmegaConf.to_container(found, resolve=True)
+
+
+@cache
+def _chosen(experiment: str, choices: tuple[str, ...]) -> DictConfig:
+    return _compose(experiment, list(choices))
 
 
 def resolve(experiment: str, overrides: list[str]) -> config.Run:
