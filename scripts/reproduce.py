@@ -29,7 +29,7 @@ from experiments import data, launch, records
 from experiments.config import PROFILES, run_id
 from experiments.launch import UNFINISHED, compose
 from scripts import efficiency, figures, report, tables
-from scripts.plan import METRICS, Run, runs
+from scripts.plan import CHOICE_SEED, METRICS, Run, runs
 
 LEAST = 5.0  # seconds: with less of the budget left no run is started
 GRACE = 5.0  # seconds after the budget's end: a run that has not stopped by itself is told to
@@ -60,12 +60,12 @@ class Planner:
     signal: int | None = None  # that told this process to stop
 
     def __post_init__(self):
-        self.began = time.time()
         self.deadline = None if self.budget is None else time.monotonic() + self.budget
         self.jobs: list[Job] = []
         self.tries: Counter[str] = Counter()
         for run in self.runs:
             self.read(run)
+        self.before = dict(self.known)
 
     def read(self, run: Run) -> dict[str, Any] | None:
         record = records.read_record(records.record_path(self.results_dir, run.experiment, run.run_id))
@@ -79,7 +79,8 @@ class Planner:
     def settled(self, run: Run) -> bool:
         """Whether it need not be tried: final, or failed since this call began."""
         record = self.known.get(run.run_id)
-        return records.is_final(record) or (record is not None and record["ended"] >= self.began)
+        # Another record than at first, not a later one: a clock may be ahead.
+        return records.is_final(record) or (record is not None and record != self.before.get(run.run_id))
 
     def left(self) -> list[Run]:
         return [run for run in self.runs if not self.settled(run)]
@@ -546,7 +547,7 @@ def parse() -> argparse.Namespace:
         description="Does every run of the paper's tables that is not done, and renews tables, figures and report.",
     )
     parser.add_argument("--profile", choices=PROFILES, help="scale (paper on a GPU, cpu elsewhere)")
-    parser.add_argument("--seeds", type=_count, default=1, help="how many: 0, 1, ... (1)")
+    parser.add_argument("--seeds", type=_seeds, default=1, help="how many: 0, 1, ... (1)")
     parser.add_argument("--budget", type=seconds, help="stop cleanly after this time: 90s, 20m, 2h (none)")
     parser.add_argument("--workers", type=_count, help="runs at once (one a CPU core; on a GPU 1)")
     parser.add_argument(
@@ -580,6 +581,13 @@ def _count(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"expected a number from 1 up, got {text!r}")
     return int(text)
+
+
+def _seeds(text: str) -> int:
+    count = _count(text)
+    if count > CHOICE_SEED:  # and seeds from there on are others'
+        raise argparse.ArgumentTypeError(f"expected 1 to {CHOICE_SEED}, got {text}")
+    return count
 
 
 def seconds(text: str) -> float:

@@ -595,6 +595,13 @@ def test_a_failure_is_recorded_and_tried_again_once_by_the_next_call(world, caps
     assert third.left() == [] and world.record(crash)["status"] == "done"
 
 
+def test_a_failure_from_a_clock_that_is_ahead_is_tried_again(world):
+    run = world.runs[0]
+    put(world.folder / "results", make_record(run, 0, status="failed", reason="then", ended=time.time() + 1e6))
+    world.planner().go()
+    assert world.ran.count(run.run_id) == 1 and world.record(run)["status"] == "done"
+
+
 PLANNER = """
 import sys
 from pathlib import Path
@@ -697,6 +704,7 @@ def test_time_left_is_foretold_from_records(world, monkeypatch):
         (["--budget", "0m"], "got '0m'"),
         (["--workers", "0"], "expected a number from 1 up, got '0'"),
         (["--seeds", "two"], "expected a number from 1 up, got 'two'"),
+        (["--seeds", "99999"], "expected 1 to 1000, got 99999"),
     ],
 )
 def test_unusable_input_is_named(arguments, said, monkeypatch, capsys):
