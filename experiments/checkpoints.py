@@ -29,12 +29,15 @@ def save(folder: Path, step: int, state: dict[str, Any], belongs_to: dict[str, A
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".writing-{os.getpid()}"
-    with temporary.open("wb") as file:
-        torch.save(state | {"belongs_to": json.dumps(belongs_to, sort_keys=True)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    path = folder / f"{step:09d}-{_checksum(temporary)}.pt"
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state | {"belongs_to": json.dumps(belongs_to, sort_keys=True)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        path = folder / f"{step:09d}-{_checksum(temporary)}.pt"
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     for old in _found(folder)[KEPT:]:
         old.unlink()
     return path

@@ -13,6 +13,7 @@ import os
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,15 +82,22 @@ def execute(cfg: Run, build: Callable[[Run, torch.device], Task]) -> str:
     name = run_id(dataclasses.asdict(cfg))
     path = records.record_path(cfg.results_dir, cfg.experiment, name)
     device = device_of(cfg)
+    if (outcome := _final(path)) and world == 1:  # of a folder that cannot be written too
+        _say(rank, f"{cfg.experiment} {name}: {outcome} already, see {path}")
+        return outcome
     with records.claim(path.parent) if rank == 0 else contextlib.nullcontext() as mine, _processes(cfg, device, world):
-        found = records.read_record(path)
-        outcome = found["status"] if records.is_final(found) else None if mine else "busy"
-        outcome = _from_first(outcome, world)
+        outcome = _from_first(_final(path) or (None if mine else "busy"), world)
         if outcome == "busy":
             _say(rank, f"{cfg.experiment} {name}: another process is at it (it holds {path.parent / '.lock'})")
         elif outcome is not None:
             _say(rank, f"{cfg.experiment} {name}: {outcome} already, see {path}")
         return outcome or _run(cfg, name, path, device, rank, world, build)
+
+
+def _final(path: Path) -> str | None:
+    """The status of a record of which nothing is left to do."""
+    found = records.read_record(path)
+    return found["status"] if records.is_final(found) else None
 
 
 def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world: int, build) -> str:
@@ -249,10 +257,16 @@ def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, 
         state, best_weights = _State(**saved["state"]), saved["best_weights"]
     del saved
 
-    def save() -> None:
+    def save(needed: bool) -> None:
+        """Where none is needed, a disk that is full for a while ends no run."""
         if rank == 0:
             parts = {"state": dataclasses.asdict(state), "best_weights": best_weights}
-            checkpoints.save(folder, state.step, trainer.state_dict() | parts, belongs_to)
+            try:
+                checkpoints.save(folder, state.step, trainer.state_dict() | parts, belongs_to)
+            except (OSError, RuntimeError) as error:  # torch's writer has RuntimeError for a full disk
+                if needed:
+                    raise
+                warnings.warn(f"{folder}: no checkpoint at step {state.step} ({error}); the run goes on", stacklevel=2)
 
     def evaluate(split: str, function: Callable = task.evaluate) -> dict[str, float]:
         """On the first process, for all."""
@@ -315,14 +329,14 @@ def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, 
             over, due = _from_first((over, time.monotonic() - saved_at > cfg.checkpoint_every), world)
             if over or due:
                 state.loss_sum = total.item()
-                save()
+                save(needed=over)
                 saved_at = time.monotonic()
             if over and state.step < steps:
                 text = "told to stop" if stop.is_set else "out of budget"
                 outcome = "stopped" if stop.is_set else "paused"
                 raise Paused(f"{text} at step {state.step} of {steps}", outcome)
             clock = time.perf_counter()
-        save()
+        save(needed=False)
         values = evaluate("test")
         state.last |= values | evaluate("test", task.evaluate_last)
         check(state.last)
@@ -454,7 +468,8 @@ class _Progress:
         self.written, speed = now, (step - self.first) / (now - self.began)
         left = {"steps_per_second": speed, "seconds_left": (self.steps - step) / speed if speed else None}
         progress = {"step": step, "steps": self.steps, "loss": self.shown["train_loss"]}
-        records.write_json(self.path, progress | left)
+        with contextlib.suppress(OSError):  # of a disk that is full: the run does not need it
+            records.write_json(self.path, progress | left)
 
 
 def _say(rank: int, text: str) -> None:

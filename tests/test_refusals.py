@@ -145,3 +145,37 @@ def test_a_claim_changes_nothing_through_a_link_and_leaves_no_empty_folder(tmp_p
     with records.claim(tmp_path / "third") as mine:
         (tmp_path / "third/record.json").touch()
     assert sorted(path.name for path in (tmp_path / "third").iterdir()) == [".lock", "record.json"]
+
+
+def test_a_run_that_is_done_needs_to_write_nothing(tmp_path):
+    settings = ("model.layers=1", "train.steps=2", "eval.interval=1")
+    code, lines, _ = call(tmp_path, "selective_copy", *settings)
+    assert code == 0 and "done in" in lines[-1]
+    (path,) = (tmp_path / "results").rglob("record.json")
+    (path.parent / ".lock").unlink()
+    (path.parent / ".lock").mkdir()  # which cannot be claimed
+    code, lines, _ = call(tmp_path, "selective_copy", *settings)
+    assert code == 0 and "done already" in lines[-1]
+
+
+def test_a_full_disk_ends_no_run(tmp_path, monkeypatch):
+    from experiments import checkpoints, engine, selective_copy
+    from experiments.launch import resolve
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    places = [f"results_dir={tmp_path / 'results'}", f"output_dir={tmp_path / 'outputs'}", "logger=none"]
+    settings = ["profile=smoke", "model.layers=1", "train.steps=4", "checkpoint_every=0", "progress=false", *places]
+    monkeypatch.setattr(checkpoints, "save", full)
+    with pytest.warns(UserWarning, match="no checkpoint at step .* No space left on device.*; the run goes on"):
+        assert selective_copy.run(resolve("selective_copy", settings)) == "done"
+    with pytest.raises(OSError, match="No space left"):  # to stop it needs one
+        selective_copy.run(resolve("selective_copy", [*settings, "seed=1", "budget=0"]))
+    assert engine.records is records
+
+
+def test_what_could_not_be_written_leaves_no_temporary_file(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        records.write_json(tmp_path / "record.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
