@@ -411,7 +411,7 @@ CELLS = (
         },
     ),
     *_rates(
-        "selective_copy", "val_accuracy_percent", 500, ("1e-3", "3e-3", "1e-2"),
+        "selective_copy", "val_accuracy_percent", 500, ("1e-3", "3e-3", "1e-2", "3e-2"),
         {row: (f"model={model}",) for row, model in COPYING_MODELS.items()},
     ),
     *_rates(
