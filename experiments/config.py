@@ -278,9 +278,15 @@ class CharLMData:
 
 
 @dataclass
+class CharLMEval(Eval):
+    whole: bool = False  # the loss that selects is that of all validation text, and not of iters random batches
+
+
+@dataclass
 class CharLM(Run):
     experiment: str = "charlm"
     data: CharLMData = field(default_factory=CharLMData)
+    eval: CharLMEval = field(default_factory=CharLMEval)
 
 
 @dataclass

@@ -111,8 +111,10 @@ def language_work(cfg: CharLM) -> Work:
 
     count, rest = divmod(VALIDATION - 1, cfg.data.block_size)  # all of the text, as charlm.whole_loss cuts it, twice
     most = max(1, 2**14 // cfg.data.block_size)
-    whole = [(2 * (count // most), batch(most)), (2, batch(count % most)), (2, batch(1, rest))]
-    evaluated = [(_evaluations(cfg) * cfg.eval.iters, batch(cfg.eval.batch_size)), *whole]
+    times = 2 + (_evaluations(cfg) if cfg.eval.whole else 0)
+    whole = [(times * (count // most), batch(most)), (times, batch(count % most)), (times, batch(1, rest))]
+    estimates = (2 if cfg.eval.whole else _evaluations(cfg)) * cfg.eval.iters
+    evaluated = [(estimates, batch(cfg.eval.batch_size)), *whole]
     part = batch(cfg.train.batch_size // cfg.micro_batches)
     return charlm.model(cfg, CHARACTERS), charlm.loss, part, [(n, b) for n, b in evaluated if b[0].numel()]
 

@@ -240,6 +240,12 @@ def caption(table: str, profile: str, found: list[Entry]) -> str:
     text += "step; best: at the step of the best validation. "
     if len({len(entry.done) for entry in found if entry.done}) > 1:
         text += f"Rows differ in n; all have seed {', '.join(map(str, common_seeds(found))) or 'none'} in common. "
+    if any(record["config"]["eval"].get("whole") for record in records):
+        patience = sorted(
+            {record["config"]["train"]["patience"] for record in records if record["config"]["eval"]["whole"]}
+        )
+        text += "The validation loss is that of all validation text, and training ends after "
+        text += f"{' or '.join(map(str, patience))} evaluations without a lower one. "
     if own:
         text += f"{'The paper' if shown.published == 'paper' else shown.published}'s scale: {scale}. "
     else:

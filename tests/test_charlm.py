@@ -293,3 +293,21 @@ def test_a_run_that_does_not_exist_names_the_nearest(trained):
     near = runs["mingru"][:-1] + "x"
     with pytest.raises(ValueError, match=f"no run '{near}' in .*; the nearest is {runs['mingru']}"):
         sample.load(sample.parse([f"run={near}", f"results_dir={folder}/results"]))
+
+
+def test_the_whole_text_selects_where_it_is_asked_for(tmp_path, text):
+    settings = ("model=mingru", f"data.path={text}", "train.steps=60", "eval.interval=20", "eval.whole=true")
+    cfg = resolve(tmp_path, *settings)
+    assert charlm.run(cfg) == "done"
+    record = records.read_record(records.record_path(tmp_path / "results", "charlm", run_id(cfg)))
+    for which in ("last", "best"):
+        values = record["metrics"][which]
+        assert values["val_loss"] == values["test_loss"] != values["test_estimate"]
+    assert run_id(resolve(tmp_path, *settings[:-1])) != run_id(cfg)
+    paper, nanogpt = (launch.resolve("charlm", [f"profile={profile}"]) for profile in ("paper", "nanogpt"))
+    assert (paper.eval.whole, paper.train.patience, nanogpt.eval.whole, nanogpt.train.patience) == (
+        True,
+        40,
+        False,
+        None,
+    )
