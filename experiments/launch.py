@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib
 import os
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -26,18 +27,35 @@ from omegaconf.errors import OmegaConfBaseException
 from . import config, records
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SEARCH = f"hydra.searchpath=[file://{CONFIGS}]"
 GROUPS = ("model", "convention", "optimizer", "part", "profile", "launcher")
+PATHS = ("results_dir", "output_dir", "data.path")
 WRONG, UNFINISHED = 2, 75
 _outcomes: list[str] = []
 UNFINISHED_OUTCOMES = {"paused", "stopped", "busy"}
+
+
+def quoted(text: str) -> str:
+    """For Hydra's grammar, which reads it whole: paths of ordinary people have brackets, commas and quotes."""
+    text = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
+    return "'" + text.replace("${", "\\${") + "'"
+
+
+SEARCH = f"hydra.searchpath=[{quoted(f'file://{CONFIGS}')}]"
+
+
+def _quote_paths(argument: str) -> str:
+    """A path that was not quoted for Hydra; the shell has taken its own quotes."""
+    key, found, value = argument.partition("=")
+    if not found or key.lstrip("+") not in PATHS or value[:1] in ("'", '"', "") or value in ("null", "~"):
+        return argument
+    return f"{key}={quoted(value)}"
 
 
 def main(experiment: str) -> None:
     """The command line of an experiment; ends the process."""
     config.register()
     # Hydra takes its flags before the settings only.
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda a: a not in ("-m", "--multirun"))
+    sys.argv[1:] = sorted(map(_quote_paths, sys.argv[1:]), key=lambda a: a not in ("-m", "--multirun"))
     arguments = get_args_parser().parse_args()
     try:
         check(experiment, arguments.overrides, arguments.multirun)

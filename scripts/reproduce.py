@@ -401,8 +401,8 @@ def main() -> int:
     if not plan and not parts:
         sys.exit(f"error: --only: no run of profile {profile} has {arguments.only!r} in its name; --list names all")
     settings = [
-        f"results_dir={arguments.results_dir}",
-        f"output_dir={arguments.output_dir}",
+        f"results_dir={launch.quoted(arguments.results_dir)}",
+        f"output_dir={launch.quoted(arguments.output_dir)}",
         f"logger={arguments.logger}",
         "progress=false",
         *([] if has_gpu() else [f"threads={max(1, cores() // workers)}"]),
@@ -458,7 +458,7 @@ def main() -> int:
 def measure(planner: Planner, profile: str, parts: list[str]) -> int:
     """Efficiency, alone on the machine; its exit code. The number of processes at once is not its."""
     command = [sys.executable, "-m", "experiments.efficiency", "-m", f"part={','.join(parts)}", f"profile={profile}"]
-    command += [f"results_dir={planner.results_dir}", f"output_dir={planner.output_dir}"]
+    command += [f"results_dir={launch.quoted(planner.results_dir)}", f"output_dir={launch.quoted(planner.output_dir)}"]
     command += [] if planner.seconds is None else [f"budget={max(1.0, planner.seconds):.0f}"]
     code = planner.alone(command)
     return UNFINISHED if planner.stopping and code == -signal.SIGTERM else code

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import config, records
+from experiments import config, launch, records
 from scripts import plan, tables
 from tests.test_scripts import make_record, put
 
@@ -179,3 +179,26 @@ def test_what_could_not_be_written_leaves_no_temporary_file(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         records.write_json(tmp_path / "record.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+PATHS = ("a b", "é(1)", "a=b,c", "it's", "x&y[1]{2}", "back\\slash", "end\\", "a\\'b", "d${x}", "#h;|", "~x", "null")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_is_what_the_shell_gave(path):
+    setting = f"data.path={launch.quoted(path)}"
+    assert launch.compose("charlm", [setting])["data"]["path"] == path
+    assert launch.resolve("charlm", [setting]).data.path == path
+    assert path == "null" or launch._quote_paths(f"data.path={path}") == setting
+
+
+def test_a_run_in_a_folder_with_a_name_of_ordinary_people(tmp_path):
+    folder = tmp_path / "thesis (1), it's é=[new] & old"
+    folder.mkdir()
+    for name in ("minrnn", "experiments", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "experiments.selective_copy", "profile=smoke", "train.steps=2", "model.layers=1"]
+    command += ["logger=none", "progress=false", f"results_dir={folder / 'results'}", "output_dir=outputs, mine"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert list((folder / "results").rglob("record.json")) and (folder / "outputs, mine").is_dir()
