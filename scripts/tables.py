@@ -8,6 +8,7 @@ the scaled profiles. A profile without any record has no file. The csv is long, 
 import argparse
 import csv
 import io
+import math
 import os
 import re
 import statistics
@@ -20,7 +21,7 @@ from typing import Any
 
 from benchmarks.tables import renew_readme
 from experiments.config import PROFILES, run_id
-from experiments.records import RecordError, read_records
+from experiments.records import MOST_BYTES, RecordError, read_file, read_records
 from scripts import efficiency
 from scripts.plan import CELLS, METRICS, TABLES, Cell, Metric, Table
 
@@ -96,17 +97,36 @@ def load(results_dir: str | Path) -> Records:
     return {record["run_id"]: record for record in found}
 
 
+PAPER_COLUMNS = ("table", "row", "column", "metric", "value", "std", "confirmed", "source")
+
+
 def read_paper(path: Path = PAPER) -> dict[tuple[str, str, str, str], Published]:
-    with path.open(newline="") as file:
-        return {
-            (line["table"], line["row"], line["column"], line["metric"]): Published(
-                float(line["value"]),
-                float(line["std"]) if line["std"] else None,
-                {"yes": True, "no": False}[line["confirmed"]],
-                line["source"],
-            )
-            for line in csv.DictReader(file)
-        }
+    """The published values by table, row, column and metric.
+
+    Raises RecordError: the file lacks something, or a line is not what it should be; the text names both.
+    """
+    try:
+        lines = list(csv.DictReader(io.StringIO(read_file(path, RecordError, MOST_BYTES).decode()), strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RecordError(f"{path}: expected a table of published values ({error}); `git checkout` it") from error
+    found: dict[tuple[str, str, str, str], Published] = {}
+    for number, line in enumerate(lines, 2):
+        key = tuple(line.get(column) for column in PAPER_COLUMNS[:4])
+        problem = None if set(line) == set(PAPER_COLUMNS) and None not in line.values() else f"columns {PAPER_COLUMNS}"
+        problem = problem or (None if line["confirmed"] in ("yes", "no") else "confirmed as yes or no")
+        problem = problem or (None if line["source"].strip() else "a source")
+        problem = problem or (f"{key} once" if key in found else None)
+        try:
+            value, std = float(line["value"] or "nan"), float(line["std"] or 0)
+        except (TypeError, ValueError):
+            value = std = math.nan
+        if problem or not (math.isfinite(value) and math.isfinite(std)):
+            text = problem or "value and std as finite numbers"
+            raise RecordError(f"{path}, line {number}: expected {text}, got {','.join(map(str, line.values()))!r:.100}")
+        found[key] = Published(value, std if line["std"] else None, line["confirmed"] == "yes", line["source"])
+    if not found:
+        raise RecordError(f"{path}: expected a table of published values, it has none; `git checkout` it")
+    return found
 
 
 def entries(table: str, profile: str, records: Records, paper: dict) -> list[Entry]:

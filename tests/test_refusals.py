@@ -202,3 +202,31 @@ def test_a_run_in_a_folder_with_a_name_of_ordinary_people(tmp_path):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert list((folder / "results").rglob("record.json")) and (folder / "outputs, mine").is_dir()
+
+
+GOOD = "charlm,minGRU,loss,val_loss_nats,1.5,,yes,somewhere\n"
+HEAD = "table,row,column,metric,value,std,confirmed,source\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("", "it has none"),
+        (HEAD, "it has none"),
+        (HEAD + GOOD.replace("1.5", "nan"), "line 2: expected value and std as finite numbers"),
+        (HEAD + GOOD.replace("1.5", ""), "line 2: expected value and std as finite numbers"),
+        (HEAD + GOOD + GOOD, "line 3: expected .* once"),
+        (HEAD + GOOD.replace("yes", "perhaps"), "line 2: expected confirmed as yes or no"),
+        (HEAD + GOOD.replace("somewhere", ""), "line 2: expected a source"),
+        (HEAD + "charlm,minGRU\n", "line 2: expected columns"),
+        (HEAD.replace("value", "number") + GOOD, "line 2: expected columns"),
+        ("\0" * 100, "paper.csv"),
+    ],
+)
+def test_a_damaged_table_of_published_values_is_refused(tmp_path, content, match):
+    path = tmp_path / "paper.csv"
+    path.write_text(content)
+    with pytest.raises(records.RecordError, match=match):
+        tables.read_paper(path)
+    path.write_text(HEAD + GOOD)
+    assert len(tables.read_paper(path)) == 1
