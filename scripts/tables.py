@@ -118,7 +118,7 @@ def read_paper(path: Path = PAPER) -> dict[tuple[str, str, str, str], Published]
         problem = problem or (f"{key} once" if key in found else None)
         try:
             value, std = float(line["value"] or "nan"), float(line["std"] or 0)
-        except (TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):
             value = std = math.nan
         if problem or not (math.isfinite(value) and math.isfinite(std)):
             text = problem or "value and std as finite numbers"
