@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import warnings
 from types import SimpleNamespace
 
@@ -542,3 +543,85 @@ def test_scores_on_other_arrays_are_not_joined(tmp_path, monkeypatch):
     path.unlink()
     with pytest.raises(DataError, match="is not here: python -m scripts.collect env=hopper level=medium makes it"):
         reproduce.same_as_before(planner, NAME)
+
+
+def elsewhere(path, key):
+    """The key lies in another file."""
+    with h5py.File(path.with_name("other.hdf5"), "w") as other, h5py.File(path, "a") as file:
+        other[key] = file[key][()]
+        del file[key]
+        file[key] = h5py.ExternalLink("other.hdf5", f"/{key}")
+
+
+def virtual(path, key):
+    with h5py.File(path, "a") as file:
+        shape = file[key].shape
+        layout = h5py.VirtualLayout(shape, file[key].dtype)
+        layout[...] = h5py.VirtualSource(str(path.with_name("other.hdf5")), key, shape)
+        del file[key]
+        file.create_virtual_dataset(key, layout)
+
+
+def raw(path, key):
+    with h5py.File(path, "a") as file:
+        shape = file[key].shape
+        del file[key]
+        file.create_dataset(key, shape, np.float32, external=[(str(path.with_name("raw")), 0, h5py.h5f.UNLIMITED)])
+
+
+def empty(path, key):
+    with h5py.File(path, "a") as file:
+        del file[key]
+        file[key] = h5py.Empty("f4")
+
+
+def endless(path, key):
+    with h5py.File(path, "a") as file:
+        del file[key]
+        file.create_dataset(key, (10**12,), np.float32, chunks=(1024,))
+
+
+def words(path, key):
+    with h5py.File(path, "a") as file:
+        del file[key]
+        file[key] = ["many", "words"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (elsewhere, "expected numbers in this file, got a link to another"),
+        (virtual, "expected numbers in this file, got those of others"),
+        (raw, "expected numbers in this file, got those of others"),
+        (empty, "expected numbers, got nothing"),
+        (endless, "expected at most 8 GiB, it says"),
+        (words, "expected numbers of shape .*, got object"),
+    ],
+)
+def test_what_lies_in_other_files_or_is_none_is_refused(tmp_path, damage, match):
+    path = save(tmp_path / "a.hdf5", steps((3, 1, 9, 7)))
+    damage(path, "rewards")
+    with pytest.raises(DataError, match=f"{path}: rewards: {match}"):
+        data.read(path, NAME)
+
+
+def test_a_broken_link_that_nobody_reads_does_not_matter(tmp_path):
+    path = save(tmp_path / "a.hdf5", steps((3, 1, 9, 7)))
+    before = data.read(path, NAME)
+    with h5py.File(path, "a") as file:
+        file["infos"] = h5py.SoftLink("/nowhere")
+        file["more"] = h5py.ExternalLink("nowhere.hdf5", "/x")
+    assert data.read(path, NAME).sha256 == before.sha256
+
+
+def test_actions_beyond_the_environment_are_named(tmp_path):
+    arrays = steps((3, 1, 9, 7))
+    arrays["actions"][5, 1] = 1.5
+    with pytest.raises(DataError, match="actions: expected -1 to 1, the range of Hopper-v4, got up to 1.5"):
+        data.read(save(tmp_path / "a.hdf5", arrays), NAME)
+
+
+def test_a_pipe_is_no_dataset(tmp_path):
+    os.mkfifo(tmp_path / "a.hdf5")
+    with pytest.raises(DataError, match="expected a file, got a pipe"):
+        data.read(tmp_path / "a.hdf5", NAME)

@@ -69,6 +69,7 @@ MINARI = dict(zip(KEYS, ("observations", "actions", "rewards", "terminations", "
 MAX_EP_LEN = 1000  # steps of an episode
 SCALE = 1000.0  # of returns
 ROUNDING = 2.0**-23  # of float32, relative
+MOST_BYTES = 2**33  # of an array; D4RL's largest have 136 MB
 
 
 def normalized(env: str, score: float) -> float:
@@ -208,11 +209,15 @@ def read(path: str | Path, name: str) -> Dataset:
                 arrays = _joined(path, file, states, actions)
                 there, metadata = [*arrays], {}
             else:
-                there = [key for key in file if isinstance(file[key], h5py.Dataset)]
-                arrays = {key: file[key][()] for key in KEYS if key in there}
+                arrays = {key: _array(path, file, key) for key in KEYS if key in file}
+                there = [*file]
                 metadata = _decoded(file["metadata"]) if "metadata" in file else {}
     except DataError:
         raise
+    except BlockingIOError as error:
+        raise DataError(
+            f"{path}: another program has it open for writing ({error}); try again when it is done"
+        ) from error
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # all of them are h5py's
         raise DataError(
             f"{path}: expected a whole HDF5 file, got what cannot be read ({error}); get it anew"
@@ -233,11 +238,28 @@ def read(path: str | Path, name: str) -> Dataset:
                 f"got {array.dtype} of shape {array.shape}"
             )
         arrays[key] = (_truths if key in ("terminals", "timeouts") else _floats)(path, key, array)
+    beyond = np.abs(arrays["actions"]).max(initial=0)
+    if beyond > 1 + ROUNDING:
+        raise DataError(f"{path}: actions: expected -1 to 1, the range of {ENVIRONMENTS[env].id}, got up to {beyond:g}")
     starts = _starts(path, arrays["terminals"], arrays.get("timeouts"))
     if "next_observations" in arrays:
         _check_order(path, arrays["observations"], arrays["next_observations"], starts)
     rows = {key: arrays[key][: starts[-1]] for key in KEYS[:4]}
     return Dataset(name=name, env=env, **rows, starts=starts, metadata=metadata)
+
+
+def _array(path: str | Path, file: h5py.Group, key: str) -> np.ndarray:
+    """Of a dataset that lies in this file, whole, and is no larger than it can be."""
+    if isinstance(file.get(key, getlink=True), h5py.ExternalLink):
+        raise DataError(f"{path}: {key}: expected numbers in this file, got a link to another")
+    item = file[key]
+    if not isinstance(item, h5py.Dataset) or item.shape is None:
+        raise DataError(f"{path}: {key}: expected numbers, got {'nothing' if isinstance(item, h5py.Dataset) else item}")
+    if item.external or item.is_virtual:
+        raise DataError(f"{path}: {key}: expected numbers in this file, got those of others (external or virtual)")
+    if item.size * item.dtype.itemsize > MOST_BYTES:
+        raise DataError(f"{path}: {key}: expected at most {MOST_BYTES // 2**30} GiB, it says {item.shape}")
+    return item[()]
 
 
 def _joined(path: str | Path, file: h5py.File, states: int, actions: int) -> dict[str, np.ndarray]:
@@ -260,8 +282,8 @@ def _joined(path: str | Path, file: h5py.File, states: int, actions: int) -> dic
                 f"{path}: {name}: expected {', '.join(MINARI.values())} of the shapes (T + 1, {states}), "
                 f"(T, {actions}), (T,), (T,) and (T,), got {', '.join(map(str, shapes))}"
             )
-        for key, item in items.items():
-            parts[key].append(item[()][:T])
+        for key, its in MINARI.items():
+            parts[key].append(_array(path, file[name], its)[:T])
         ends = np.flatnonzero((parts["terminals"][-1] != 0) | (parts["timeouts"][-1] != 0))
         if ends.tolist() != [T - 1]:
             raise DataError(
