@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.tables import renew_readme
 from scripts import efficiency
-from scripts.plan import METRICS, TABLES, commonest
+from scripts.plan import FINAL, METRICS, TABLES, commonest
 from scripts.plan import runs as plan_runs
 from scripts.tables import (
     PAPER,
@@ -201,7 +201,7 @@ def rates_found(profile: str, found: list[Entry]) -> list[str]:
         mine = [entry for entry in found if entry.cell.row == row]
         if all(entry.done for entry in mine):
             chosen = best_rate(mine)
-            edge = chosen in (mine[0].cell.column, mine[-1].cell.column)
+            edge = len(mine) > 2 and chosen in (mine[0].cell.column, mine[-1].cell.column)
             said.append(f"{row}: {chosen}" + (" (at the edge of what was tried)" if edge else "") + ".")
     return said
 
@@ -276,6 +276,7 @@ FINDINGS: dict[str, Callable[[str, list[Entry]], list[str]]] = {
     "charlm_nanogpt": calibration_found,
     "charlm_learning_rate": rates_found,
     "selective_copy_learning_rate": rates_found,
+    FINAL: rates_found,
     "decision_learning_rate": rates_found,
 }
 # Tables whose sentences compare no rows, or find the seeds that they compare themselves.

@@ -764,7 +764,11 @@ def test_every_committed_record_is_what_its_folder_and_its_settings_say():
 def test_the_learning_rate_of_each_row_is_the_best_of_those_tried():
     """In profile cpu, by the committed records."""
     found = tables.load(ROOT / "results")
-    for table in (name for name in plan.TABLES if name.endswith("_learning_rate")):
+    entries = tables.entries("selective_copy_learning_rate", "cpu", found, {})
+    for row, finalists in plan.FINALISTS.items():
+        mine = sorted((e for e in entries if e.cell.row == row), key=lambda e: -e.mean("best"))
+        assert tuple(e.cell.column for e in mine[:2]) == finalists, row
+    for table in ("charlm_learning_rate", plan.FINAL, "decision_learning_rate"):
         entries = tables.entries(table, "cpu", found, {})
         for row in dict.fromkeys(entry.cell.row for entry in entries):
             mine = [entry for entry in entries if entry.cell.row == row]
