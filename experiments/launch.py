@@ -60,13 +60,26 @@ def main(experiment: str) -> None:
     try:
         check(experiment, arguments.overrides, arguments.multirun)
     except (ValueError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {error}", *filter(None, [error.__cause__]), sep=": ", file=sys.stderr)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(WRONG)
     first = next((i for i, a in enumerate(sys.argv) if a in arguments.overrides), len(sys.argv))
     sys.argv.insert(first, SEARCH)
     os.environ["MINRNN_MAIN_PROCESS"] = str(os.getpid())  # launchers' processes inherit it
     hydra.main(version_base="1.3", config_path=str(CONFIGS / experiment), config_name="config")(_task)()
     sys.exit(UNFINISHED if set(_outcomes) & UNFINISHED_OUTCOMES else 0)
+
+
+def in_one_line(error: Exception) -> str:
+    """What is wrong with a setting. Hydra's and OmegaConf's texts have more lines, on their own types."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if first.startswith("LexerNoViableAltException: "):
+        setting = first.partition(": ")[2]
+        return f"{setting}: expected a value as Hydra reads it; quote what is not plain: key=\"'...'\""
+    first = first.removeprefix("Error merging override ")
+    key = getattr(error, "full_key", None)
+    first = f"{key}: {first}" if key and key not in first else first
+    cause = str(error.__cause__).strip().splitlines()[:1] if error.__cause__ else []
+    return ": ".join([first, *(text for text in cause if text not in first)])
 
 
 def _task(cfg: DictConfig) -> str:

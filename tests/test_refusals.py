@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments import config, launch, records
 from scripts import plan, tables
@@ -230,3 +233,25 @@ def test_a_damaged_table_of_published_values_is_refused(tmp_path, content, match
         tables.read_paper(path)
     path.write_text(HEAD + GOOD)
     assert len(tables.read_paper(path)) == 1
+
+
+SETTINGS = {"charlm": "model=mingru", "selective_copy": "model=s4", "decision": "model=transformer", "efficiency": None}
+NONSENSE = ("-1", "0", "nan", "inf", "-inf", "many", "[1]", "1.5", "true", "{a: 1}", "1e400", "9" * 20, "''", "a b",
+            "null", "-5", "é", "${nowhere}", "a=b", "(", "'")  # fmt: skip
+
+
+def test_a_setting_drawn_at_random_is_taken_or_named_in_one_line():
+    random, outcomes = Random(7), []
+    for _ in range(150):
+        experiment = random.choice([*SETTINGS])
+        given = ["profile=smoke", *filter(None, [SETTINGS[experiment]])]
+        key = random.choice(launch._keys(launch.compose(experiment, given)))
+        setting = f"{key}={random.choice(NONSENSE)}"
+        try:
+            launch.check(experiment, [*given, setting])
+            outcomes.append(None)
+        except (ValueError, HydraException, OmegaConfBaseException) as error:
+            text = launch.in_one_line(error)
+            assert key.split(".")[-1] in text and "\n" not in text, (experiment, setting, text)
+            outcomes.append(text)
+    assert 75 < sum(outcome is not None for outcome in outcomes) < 150
