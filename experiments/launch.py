@@ -76,7 +76,7 @@ def in_one_line(error: Exception) -> str:
         setting = first.partition(": ")[2]
         return f"{setting}: expected a value as Hydra reads it; quote what is not plain: key=\"'...'\""
     first = first.removeprefix("Error merging override ")
-    key = getattr(error, "full_key", None)
+    key = getattr(error, "override", None) or getattr(error, "full_key", None)
     first = f"{key}: {first}" if key and key not in first else first
     cause = str(error.__cause__).strip().splitlines()[:1] if error.__cause__ else []
     return ": ".join([first, *(text for text in cause if text not in first)])

@@ -241,7 +241,7 @@ NONSENSE = ("-1", "0", "nan", "inf", "-inf", "many", "[1]", "1.5", "true", "{a: 
 
 
 def test_a_setting_drawn_at_random_is_taken_or_named_in_one_line():
-    random, outcomes = Random(7), []
+    random, outcomes = Random(0), []
     for _ in range(150):
         experiment = random.choice([*SETTINGS])
         given = ["profile=smoke", *filter(None, [SETTINGS[experiment]])]
