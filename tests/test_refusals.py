@@ -242,7 +242,7 @@ NONSENSE = ("-1", "0", "nan", "inf", "-inf", "many", "[1]", "1.5", "true", "{a: 
 
 def test_a_setting_drawn_at_random_is_taken_or_named_in_one_line():
     random, outcomes = Random(0), []
-    for _ in range(150):
+    for _ in range(100):
         experiment = random.choice([*SETTINGS])
         given = ["profile=smoke", *filter(None, [SETTINGS[experiment]])]
         key = random.choice(launch._keys(launch.compose(experiment, given)))
@@ -254,4 +254,4 @@ def test_a_setting_drawn_at_random_is_taken_or_named_in_one_line():
             text = launch.in_one_line(error)
             assert key.split(".")[-1] in text and "\n" not in text, (experiment, setting, text)
             outcomes.append(text)
-    assert 75 < sum(outcome is not None for outcome in outcomes) < 150
+    assert 50 < sum(outcome is not None for outcome in outcomes) < 100
