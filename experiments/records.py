@@ -188,8 +188,8 @@ def claim(folder: Path, name: str = "lock") -> Iterator[bool]:
     try:
         yield True
     finally:
-        if not any(other.name != path.name for other in folder.iterdir()):  # nothing was run
-            path.unlink()
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # of a folder that is gone, or that another filled in between
+            if not any(other.name != path.name for other in folder.iterdir()):  # nothing was run
+                path.unlink()
                 folder.rmdir()
         os.close(file)

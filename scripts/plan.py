@@ -479,13 +479,12 @@ class Run:
 
 def runs(profile: str, seeds: int, cells: Iterable[Cell] = CELLS) -> list[Run]:
     """Every run once, most wanted first, all of seed 0 before any of seed 1; those of a seed of their own come last."""
-    groups: dict[str, list[Cell]] = {}
+    groups: dict[tuple[str, tuple[int, ...] | None], list[Cell]] = {}  # of one configuration and the same seeds
     for cell in sorted((cell for cell in cells if profile in cell.profiles), key=lambda cell: cell.order):
-        groups.setdefault(group_id(cell.config(profile)), []).append(cell)
+        groups.setdefault((group_id(cell.config(profile)), cell.seeds), []).append(cell)
     found = []
     for seed in (*range(seeds), CHOICE_SEED):
-        for group, filled in groups.items():
-            own = filled[0].seeds
+        for (group, own), filled in groups.items():
             if seed not in (range(seeds) if own is None else own):
                 continue
             config = {**filled[0].config(profile), "seed": seed}

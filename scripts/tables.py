@@ -23,7 +23,7 @@ from benchmarks.tables import renew_readme
 from experiments.config import PROFILES, run_id
 from experiments.records import MOST_BYTES, RecordError, read_file, read_records
 from scripts import efficiency
-from scripts.plan import CELLS, METRICS, TABLES, Cell, Metric, Table
+from scripts.plan import CELLS, CHOICE_SEED, METRICS, TABLES, Cell, Metric, Table
 
 PAPER = Path(__file__).parent.parent / "results" / "paper.csv"
 COLUMNS = (
@@ -137,7 +137,7 @@ def entries(table: str, profile: str, records: Records, paper: dict) -> list[Ent
         if cell.table != table or profile not in cell.profiles:
             continue
         entry = Entry(cell, paper=paper.get((table, cell.row, cell.column, cell.metric)))
-        for seed in seeds:
+        for seed in cell.seeds or (seed for seed in seeds if seed < CHOICE_SEED):
             record = records.get(run_id({**cell.config(profile), "seed": seed}))
             if record is not None:
                 (entry.done if record["status"] == "done" else entry.others).append(record)

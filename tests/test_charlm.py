@@ -168,7 +168,8 @@ def test_a_missing_text_is_one_line_of_error(tmp_path):
 
 def test_attention_without_positions_is_refused(tmp_path, text):
     with pytest.raises(ValueError, match="model: attention alone knows no order; model=transformer has positions"):
-        charlm.task(resolve(tmp_path, "model=attention", f"data.path={text}"), torch.device("cpu"))
+        settings = ("model=transformer", "model.positions=false", f"data.path={text}")
+        charlm.task(resolve(tmp_path, *settings), torch.device("cpu"))
 
 
 def test_pythons_own_documentation_is_a_text(tmp_path):

@@ -168,6 +168,10 @@ def record(config, seed, hardware, speed):
     return {
         "schema_version": 2,
         "run_id": roofline.plan.run_id(config),
+        "experiment": config["experiment"],
+        "profile": config["profile"],
+        "metrics": {"last": {}, "best": {}},
+        "ended": 1e9,
         "config": config,
         "seed": seed,
         "status": "done",

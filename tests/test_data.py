@@ -289,7 +289,7 @@ def test_the_dashboard_shows_what_runs_log(monkeypatch, capsys):
 
     view = dashboard.workspace("someone", "minrnn")
     assert [section.name for section in view.sections] == list(dashboard.panels())
-    logged = {"val_accuracy", "val_loss", "train_loss", "lr"}
+    logged = {"val_accuracy", "val_loss", "train_loss", "learning_rate"}
     shown = {name for section in view.sections for panel in section.panels for name in getattr(panel, "y", None) or []}
     assert {getattr(name, "name", name) for name in shown} == logged
     monkeypatch.setattr("wandb.login", lambda **options: False)

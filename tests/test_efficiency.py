@@ -485,7 +485,7 @@ def test_two_records_of_one_part_are_not_mixed_up(tmp_path):
         shown.load(tmp_path)
     other["run_id"] = "0" * 12
     records.write_json(records.record_path(tmp_path / "b", "efficiency", "0" * 12), other)
-    with pytest.raises(records.RecordError, match="remove it to have it measured again"):
+    with pytest.raises(records.RecordError, match="its settings are those of run .*remove it"):
         shown.load(tmp_path / "b")
 
 

@@ -10,7 +10,12 @@ import time
 import pytest
 
 from experiments import records
-from scripts import gpu
+from scripts import gpu, plan
+from tests.test_scripts import make_record
+
+DONE = plan.runs(
+    "smoke", 1, [cell for cell in plan.CELLS if cell.row == "GRU" and cell.experiment == "selective_copy"]
+)[0]
 
 
 @pytest.fixture
@@ -27,10 +32,10 @@ def session(here, budget=60.0):
 
 def leave_runs():
     """One run that is done, and one that has two checkpoints, where the planner leaves them."""
-    done = records.record_path(gpu.WORK / "results", "selective_copy", "d" * 12)
-    record = {"schema_version": 1, "run_id": "d" * 12, "seed": 0, "status": "done"}
-    records.write_json(done, record | {"config": {"model": {"name": "mingru"}}})
-    for run, steps in (("d" * 12, (9,)), ("e" * 12, (5, 10))):
+    done = records.record_path(gpu.WORK / "results", "selective_copy", DONE.run_id)
+    record = make_record(DONE, 0.5)
+    records.write_json(done, record)
+    for run, steps in ((DONE.run_id, (9,)), ("e" * 12, (5, 10))):
         folder = records.work_dir(gpu.WORK / "runs", "selective_copy", run)
         folder.mkdir(parents=True)
         for step in steps:
@@ -49,7 +54,7 @@ def test_what_is_packed_is_what_the_next_call_needs(here):
         names = sorted(archive.getnames())
     assert names == [
         "results/bench/cuda.json",
-        f"results/runs/selective_copy/{'d' * 12}/record.json",
+        f"results/runs/selective_copy/{DONE.run_id}/record.json",
         *(f"runs/selective_copy/{'e' * 12}/{step:09d}-{'0' * 16}.pt" for step in (5, 10)),
     ]
     assert sorted(path.name for path in (here / "out").iterdir()) == ["state.tar.gz", "summary.md"]
@@ -64,12 +69,12 @@ def test_records_and_benchmark_are_brought_home(here, capsys):
     one = session(here)
     leave_runs()
     one.pack()
-    kept = here / "results/runs/selective_copy" / ("d" * 12) / "record.json"
+    kept = here / "results/runs/selective_copy" / (DONE.run_id) / "record.json"
     gpu.bring_home(here / "out")
     assert json.loads(kept.read_text())["status"] == "done"
     assert (here / "results/bench/cuda.json").exists() and "2 files into results/" in capsys.readouterr().out
     for status, stays in (("done", True), ("failed", False)):  # a final record that is here already stays
-        mine = json.dumps({"schema_version": 1, "status": status, "mine": True})
+        mine = json.dumps(make_record(DONE, 0.5, status=status, mine=True))
         kept.write_text(mine)
         gpu.bring_home(here / "out")
         assert (kept.read_text() == mine) == stays
