@@ -67,7 +67,9 @@ class Model:
         one_of(self, "model", "norm", ("rms", "layer"))
         one_of(self, "model", "init", ("torch", "gpt2", "dt"))
         if not isinstance(self, MODELS.get(self.name, ())):
-            raise ValueError(f"model.name: chosen by model=<a file of configs/model>, got {self.name!r} here")
+            raise ValueError(
+                f"model.name: chosen by model=<a file of configs/<experiment>/model>, got {self.name!r} here"
+            )
 
     @property
     def label(self) -> str:

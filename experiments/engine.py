@@ -120,8 +120,10 @@ def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world
         torch.manual_seed(noise_seed(cfg.seed, 0))
         try:
             task = build(cfg, device)
+        except records.Refusal:
+            raise
         except ValueError as error:  # settings that do not go together
-            raise error if isinstance(error, records.Refusal) else SettingError(error) from error
+            raise SettingError(error) from error
         record |= {"facts": task.facts} if task.facts else {}
         state = _train(cfg, task, name, folder, device, rank, world)
         outcome = {"status": "done", "reason": None, "metrics": {"last": state.last, "best": state.best}}

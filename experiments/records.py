@@ -117,7 +117,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def _problem(path: Path, record: dict[str, Any]) -> str | None:
-    measured = record.get("experiment") == "efficiency"  # which has points, and neither metrics nor an end
+    measured = record.get("experiment") == "efficiency"  # which has points, in place of a seed and metrics
     kinds = {"run_id": str, "experiment": str, "profile": str, "config": dict}
     kinds |= {} if measured else {"seed": int, "metrics": dict}
     for key, kind in kinds.items():

@@ -1,5 +1,7 @@
 """What a number was measured with, and which library multiplies."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -44,3 +46,14 @@ def test_the_processor_decides_who_multiplies(monkeypatch, capability, vendor):
     monkeypatch.setattr(machine, "_vendor", lambda: vendor)
     monkeypatch.setattr(machine, "_products", None)  # which nothing is to be registered with
     assert machine.fast_products.__wrapped__() == "torch"
+
+
+@onednn
+def test_amd_with_avx512_multiplies_by_onednn(monkeypatch):
+    registered = {}
+    library = SimpleNamespace(impl=lambda operator, function, key: registered.update({(operator, key): function}))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(machine, "_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(machine, "_products", library)
+    assert machine.fast_products.__wrapped__() == "oneDNN"
+    assert registered == {("mm", "CPU"): machine._mm, ("addmm", "CPU"): machine._addmm}
