@@ -446,7 +446,7 @@ CELLS = (
         for rate in rates
     ),
     *_rates(
-        "decision", "val_score", 1000, ("3e-4", "1e-3", "3e-3"),
+        "decision", "val_score", 1000, ("3e-4", "1e-3", "3e-3", "1e-2"),
         {row: (f"model={model}", "data.dataset=local/hopper-medium-replay") for row, model in DECISION_MODELS.items()},
     ),
 )  # fmt: skip
