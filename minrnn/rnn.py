@@ -5,8 +5,9 @@ B batch, T time, I input_size, H hidden_size, L num_layers, D directions (2 if b
 
 import math
 import numbers
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +15,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .ops.cells import Cell, coefficients
-from .ops.scan import BACKENDS, is_autocast_enabled, scan
-
-# sigmoid(HOLD) is exactly 1 and sigmoid(-HOLD) exactly 0 in every dtype, and unlike inf it has no NaN derivative.
-HOLD = 1e4
+from .ops.scan import BACKENDS, is_autocast_enabled, is_onnx_exporting, resolve, scan
 
 
 class _MinRNN(nn.Module):
     """What the two layers share: everything but the cell."""
 
-    # One pre-activation for each block of H rows of weight_ih: together they carry the state over a step unchanged.
-    _hold: tuple[float, ...]
+    # What programs for torch.nn.GRU also read.
+    proj_size = 0
+
+    @property
+    def mode(self) -> str:
+        """The class's name: neither "GRU" nor "LSTM", which would promise a weight_hh or a cell state."""
+        return type(self).__name__
 
     def __init__(
         self, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
@@ -32,7 +35,7 @@ class _MinRNN(nn.Module):
     ):  # fmt: skip
         super().__init__()
         for name, value in {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}.items():
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
             if value <= 0:
                 raise ValueError(f"{name}: expected a positive int, got {value}")
@@ -49,18 +52,18 @@ class _MinRNN(nn.Module):
             )
         if backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
+        self.input_size = input_size = int(input_size)
+        self.hidden_size = hidden_size = int(hidden_size)
+        self.num_layers = num_layers = int(num_layers)
         self.bias = bias
         self.batch_first = batch_first
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.backend = backend
         self._cell = cell
-        rows = len(self._hold) * hidden_size
+        rows = len(cell.inputs) * hidden_size
         for layer in range(num_layers):
-            columns = input_size if layer == 0 else hidden_size * len(self._directions)
+            columns = self._columns(layer)
             for direction in self._directions:
                 weight = nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
                 setattr(self, f"weight_ih_l{layer}{direction}", weight)
@@ -76,6 +79,10 @@ class _MinRNN(nn.Module):
     def _directions(self) -> tuple[str, ...]:
         """The suffixes of the parameters' names, in the order of the output's features."""
         return ("", "_reverse") if self.bidirectional else ("",)
+
+    def _columns(self, layer: int) -> int:
+        """The features that a layer takes."""
+        return self.input_size if layer == 0 else self.hidden_size * len(self._directions)
 
     def _parameters_of(self, layer: int, direction: str) -> tuple[Tensor, Tensor | None]:
         bias = getattr(self, f"bias_ih_l{layer}{direction}") if self.bias else None
@@ -94,10 +101,18 @@ class _MinRNN(nn.Module):
         ±1/sqrt(hidden_size) is the fan-in of the recurrent matrix, which is not here.
         """
         with torch.no_grad():
-            for weight, *bias in self.all_weights:
-                bound = 1 / math.sqrt(weight.shape[1])
-                for parameter in (weight, *bias):
-                    parameter.uniform_(-bound, bound)
+            for _, layer, parameter in self._drawn():
+                bound = 1 / math.sqrt(self._columns(layer))
+                parameter.uniform_(-bound, bound)
+
+    def _drawn(self) -> Iterator[tuple[str, int, nn.Parameter]]:
+        """Weight or bias, the layer, and what is learned of it.
+
+        That is itself, or what pruning, weight_norm or a parametrization computes it from.
+        """
+        for name, parameter in self.named_parameters():
+            if match := re.fullmatch(r"(?:parametrizations\.)?(weight|bias)_ih_l(\d+)(?:_reverse)?(?:[._]\w+)?", name):
+                yield match[1], int(match[2]), parameter
 
     def flatten_parameters(self) -> None:
         """Does nothing (each layer is one matrix already); here because programs written for torch.nn.GRU call it."""
@@ -127,6 +142,11 @@ class _MinRNN(nn.Module):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if not isinstance(input, Tensor):
+            if isinstance(input, torch.fx.Proxy):
+                raise TypeError(
+                    f"torch.fx.symbolic_trace: {type(self).__name__} is one step of a graph; give fx a Tracer whose "
+                    "is_leaf_module says so, or use torch.export.export"
+                )
             raise TypeError(f"input: expected a tensor or a PackedSequence, got {type(input).__name__}")
         if input.dim() not in (2, 3):
             raise ValueError(f"input: expected 2 (unbatched) or 3 dimensions, got shape {tuple(input.shape)}")
@@ -142,47 +162,45 @@ class _MinRNN(nn.Module):
         return (out, h_n) if batched else (out.squeeze(batch_dim), h_n.squeeze(1))
 
     def _forward_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
-        """Projects the packed rows and scans over (T, B) where every step past a sequence's end holds the state.
-
-        So both directions meet every sequence's own first and last step, whatever lies beside it.
-        """
-        x, batch_sizes, sorted_indices, unsorted_indices = packed
-        T, B, H = len(batch_sizes), int(batch_sizes[0]), self.hidden_size
-        if x.dim() != 2:
-            raise RuntimeError(f"input: expected packed rows (N, {self.input_size}), got shape {tuple(x.shape)}")
-        self._check("input", "hx", x, hx, (B,), len(self._directions))
+        """Lays the sequences end to end, in rows as many as they have steps together, and back."""
+        if is_onnx_exporting():
+            raise RuntimeError("input: a PackedSequence cannot be exported to ONNX; export a call with a padded tensor")
+        rows, batch_sizes, sorted_indices, unsorted_indices = packed
+        if rows.dim() != 2:
+            raise RuntimeError(f"input: expected packed rows (N, {self.input_size}), got shape {tuple(rows.shape)}")
+        # By torch's operators alone, so that a traced graph finds the lengths in its input. batch_sizes lies on the
+        # CPU, so none of them waits for an accelerator.
+        step = torch.repeat_interleave(batch_sizes, output_size=rows.shape[0])
+        packed_rows = torch.arange(step.shape[0], device=step.device)
+        sequence = packed_rows - (batch_sizes.cumsum(0) - batch_sizes)[step]
+        cu_seqlens = F.pad(torch.bincount(sequence).cumsum(0), (1, 0))
+        place = cu_seqlens[sequence] + step  # of each packed row, among those of its sequence
+        row = torch.empty_like(place).index_copy(0, place, packed_rows)
+        place, row = place.to(rows.device), row.to(rows.device)
+        self._check("input", "hx", rows, hx, (cu_seqlens.shape[0] - 1,), len(self._directions))
         if hx is not None and sorted_indices is not None:
             hx = hx.index_select(1, sorted_indices)
-        # batch_sizes lies on the CPU, so this does not wait for an accelerator.
-        taken = (
-            (torch.arange(B, device=batch_sizes.device) < batch_sizes[:, None])
-            .flatten()
-            .nonzero()
-            .squeeze(1)
-            .to(x.device)
-        )
 
-        def unpack(rows: Tensor) -> Tensor:
-            hold = rows.new_tensor(self._hold).repeat_interleave(H).repeat(T * B, 1)
-            return hold.index_copy(0, taken, rows).view(T, B, -1)
+        def move(x: Tensor, to: Tensor) -> Tensor:  # the gradient of a copy is a selection, which adds nothing up
+            return x.new_empty(x.shape).index_copy(0, to, x)
 
-        def pack(h: Tensor) -> Tensor:
-            return h.reshape(T * B, H).index_select(0, taken)
-
-        out, h_n = self._layers(x, hx, False, unpack, pack)
+        out, h_n = self._layers(move(rows, place)[None], hx, True, cu_seqlens)
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
-        return PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices), h_n
+        return PackedSequence(move(out.squeeze(0), row), batch_sizes, sorted_indices, unsorted_indices), h_n
 
     def _layers(
         self,
         x: Tensor,
         hx: Tensor | None,
         batch_first: bool,
-        unpack: Callable[[Tensor], Tensor] = lambda rows: rows,
-        pack: Callable[[Tensor], Tensor] = lambda h: h,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """All layers; x is (T, B, .), or (B, T, .) with batch_first, or what unpack brings there and pack back."""
+        """All layers; x is (T, B, .), or (B, T, .) with batch_first, or (1, N, .) where cu_seqlens gives sequences."""
+        # torch.nn.GRU's rule on a CPU under autocast: projections are bfloat16, states are not. Without it both agree.
+        states_dtype = x.dtype if hx is None else hx.dtype
+        T = x.shape[1 if batch_first else 0]
+        one_step = isinstance(T, int) and T == 1 and not torch.jit.is_tracing()  # known to be so in every call
         last = []
         for layer in range(self.num_layers):
             if layer > 0:
@@ -190,24 +208,37 @@ class _MinRNN(nn.Module):
             outs = []
             for direction in self._directions:
                 reverse = direction == "_reverse"
-                projection = unpack(F.linear(x, *self._parameters_of(layer, direction)))
-                h0 = None if hx is None else hx[len(last)].to(projection.dtype)  # they differ under autocast only
+                projection = F.linear(x, *self._parameters_of(layer, direction))
+                if x.device.type == "cpu":
+                    projection = projection.to(states_dtype)
+                h0 = None if hx is None else hx[len(last)].to(projection.dtype)
                 # The scan reads any strides and writes in its input's order, so nothing moves here.
-                h = scan(
-                    self._cell,
-                    (projection if batch_first else projection.transpose(0, 1),),
-                    h0,
-                    None,
-                    reverse,
-                    self.backend,
-                )
-                last.append(h[:, 0 if reverse else -1])
-                outs.append(pack(h if batch_first else h.transpose(0, 1)))
+                projection = projection if batch_first else projection.transpose(0, 1)
+                if one_step:
+                    h = self._one_step(projection, h0)
+                else:
+                    h = scan(self._cell, (projection,), h0, None, reverse, self.backend, cu_seqlens)
+                if cu_seqlens is None:
+                    last.append(h[:, 0 if reverse else -1])
+                else:
+                    ends = cu_seqlens[:-1] if reverse else cu_seqlens[1:] - 1
+                    last.append(h.squeeze(0).index_select(0, ends.to(h.device)))
+                outs.append(h if batch_first else h.transpose(0, 1))
             x = torch.cat(outs, -1) if self.bidirectional else outs[0].contiguous()
         return x, torch.stack(last)
 
+    def _one_step(self, projection: Tensor, h0: Tensor | None) -> Tensor:
+        """The scan of a single step, (B, 1, D), by torch's operators: faster, and exported without the library."""
+        resolve(self.backend, projection.device, projection.dtype)
+        wide = projection.to(torch.promote_types(projection.dtype, torch.float32))  # as the scan accumulates
+        a, b = coefficients(self._cell, wide.chunk(len(self._cell.inputs), -1))
+        return (b if h0 is None else a * h0[:, None].to(wide.dtype) + b).to(projection.dtype)
+
     def step(self, x_t: Tensor, h: Tensor | None = None) -> Tensor:
         """One token. The layer's output for it is the last layer's new state, `h[-1]`.
+
+        It is a call of the module with a sequence of one step, so hooks act in it as in any other: pruning,
+        weight_norm, FSDP.
 
         Args:
             x_t: (B, I), the parameters' dtype (any float dtype under autocast).
@@ -227,16 +258,7 @@ class _MinRNN(nn.Module):
         if x_t.dim() != 2:
             raise RuntimeError(f"x_t: expected shape (B, {self.input_size}), got {tuple(x_t.shape)}")
         self._check("x_t", "h", x_t, h, (x_t.shape[0],), 1)
-        x, states = x_t, []
-        for layer in range(self.num_layers):
-            if layer > 0:
-                x = F.dropout(x, self.dropout, self.training)
-            projection = F.linear(x, *self._parameters_of(layer, ""))
-            wide = projection.to(torch.promote_types(projection.dtype, torch.float32))  # as the scan accumulates
-            a, b = coefficients(self._cell, wide.chunk(len(self._hold), -1))
-            x = (b if h is None else a * h[layer].to(wide.dtype) + b).to(projection.dtype)
-            states.append(x)
-        return torch.stack(states)
+        return self(x_t.unsqueeze(1 if self.batch_first else 0), h)[1]
 
     def _check(
         self, input_name: str, state_name: str, x: Tensor, state: Tensor | None, batch: tuple[int, ...], D: int
@@ -256,12 +278,20 @@ class _MinRNN(nn.Module):
         if not isinstance(state, Tensor):
             raise TypeError(f"{state_name}: expected a tensor, got {type(state).__name__}")
         expected = (self.num_layers * D, *batch, self.hidden_size)
-        if state.shape != expected:
+        if torch.compiler.is_compiling() and state.dim() == len(expected):  # a size may depend on data there
+            for actual, size in zip(state.shape, expected, strict=True):
+                torch._check(actual == size, lambda: f"{state_name}: a shape that does not fit {input_name}'s")
+        elif state.shape != expected:
             raise RuntimeError(f"{state_name}: expected shape {expected}, got {tuple(state.shape)}")
         if state.dtype != x.dtype and not is_autocast_enabled(x.device):
             raise RuntimeError(f"{state_name}: expected {input_name}'s dtype {x.dtype}, got {state.dtype}")
         if state.device != x.device:
             raise RuntimeError(f"{state_name}: expected {input_name}'s device {x.device}, got {state.device}")
+
+    def __prepare_scriptable__(self):  # torch.jit.script asks for it
+        raise NotImplementedError(
+            f"torch.jit.script: {type(self).__name__} cannot be scripted; use torch.jit.trace or torch.export.export"
+        )
 
     def extra_repr(self) -> str:
         defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0, "bidirectional": False}
@@ -291,8 +321,6 @@ class MinGRU(_MinRNN):
         TypeError: an argument of another type, or unknown (proj_size, nonlinearity: nothing to set here).
         ValueError: a size below 1, a dropout outside [0, 1], an unknown activation or backend.
     """
-
-    _hold = (-HOLD, 0.0)  # gate, candidate
 
     def __init__(
         self,
@@ -335,8 +363,6 @@ class MinLSTM(_MinRNN):
         The others, and the errors, are those of `MinGRU`; forget_bias without a bias is a ValueError.
     """
 
-    _hold = (HOLD, -HOLD, 0.0)  # forget gate, input gate, candidate
-
     def __init__(
         self,
         input_size: int,
@@ -373,6 +399,6 @@ class MinLSTM(_MinRNN):
         """torch.nn.Linear's default (see `MinGRU.reset_parameters`), and forget_bias added to b_f."""
         super().reset_parameters()
         with torch.no_grad():
-            for _, *bias in self.all_weights:
-                for b in bias:
-                    b[: self.hidden_size] += self.forget_bias
+            for kind, _, parameter in self._drawn():
+                if kind == "bias":
+                    parameter[: self.hidden_size] += self.forget_bias

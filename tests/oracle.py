@@ -16,11 +16,11 @@ def draw(cell, B, T, D, dtype=torch.float32, device="cpu", scale=1.0):
     return [x.to(device, dtype) for x in inputs]
 
 
-def evaluate(cell, inputs, h0, resets, reverse, backend, weight):
+def evaluate(cell, inputs, h0, resets, reverse, backend, weight, cu_seqlens=None):
     """{name: tensor} of the states, the last state and the gradients of sum(weight * states)."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     h0 = h0 if h0 is None else h0.detach().requires_grad_()
-    h = scan(cell, tuple(leaves), h0, resets, reverse, backend)
+    h = scan(cell, tuple(leaves), h0, resets, reverse, backend, cu_seqlens)
     wanted = leaves + ([h0] if h0 is not None else [])
     grads = torch.autograd.grad(h, wanted, weight)
     names = [f"grad of input {i}" for i in range(len(leaves))] + ["grad of h0"]
@@ -62,6 +62,30 @@ def assert_matches_float64(
         norm = e[finite].norm().item()
         error = (g[finite] - e[finite]).norm().item()
         assert error <= tolerance * norm, f"{cell.name} {name}: relative error {error / norm if norm else error:.1e}"
+
+
+def end_to_end(cell, lengths, D, dtype=torch.float32, device="cpu"):
+    """Inputs (1, sum of the lengths, D), h0 of each sequence, resets, and a gradient of the states."""
+    inputs = draw(cell, 1, sum(lengths), D, dtype, device)
+    h0, weight = torch.randn(len(lengths), D).to(inputs[0]), torch.randn(1, sum(lengths), D).to(inputs[0])
+    return inputs, h0, (torch.rand(1, sum(lengths)) < 0.2).to(device), weight, lengths
+
+
+def assert_each_is_alone(cell, inputs, h0, resets, reverse, backend, weight, lengths, tolerance=0.0):
+    """States and gradients of sequences that lie end to end are those of each by itself."""
+    whole = evaluate(
+        cell, inputs, h0, resets, reverse, backend, weight, torch.tensor([0, *lengths]).cumsum(0)
+    )  # fmt: skip
+    parts = zip(*(x.split(lengths, 1) for x in (*inputs, weight)), strict=True)
+    states = [None] * len(lengths) if h0 is None else h0.split(1)
+    clear = [None] * len(lengths) if resets is None else resets.split(lengths, 1)
+    alone = [
+        evaluate(cell, part, state, reset, reverse, backend, grad)
+        for (*part, grad), state, reset in zip(parts, states, clear, strict=True)
+    ]
+    for name, got in whole.items():
+        want = torch.cat([x[name] for x in alone], 0 if name == "grad of h0" else 1)
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def _width(cell, inputs):

@@ -115,6 +115,12 @@ def test_every_parameter_learns(name, around):
 def test_sixteen_bits_by_autocast(name):
     model = model_of(name, torch.float32)
     wide = model(TOKENS)[0]
+    if name == "lstm":
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                torch.nn.LSTM(4, 4)(torch.randn(2, 2, 4))
+        except RuntimeError as error:
+            pytest.skip(f"torch.nn.LSTM in bfloat16 does not run on this processor: {error}")
     with torch.autocast("cpu", torch.bfloat16):
         narrow = model(TOKENS)[0]
         if name in RECURRENT:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from minrnn.ops import available_backends, linear_scan, mingru_scan, minlstm_scan
 from minrnn.ops.cells import CELLS, LINEAR
 from minrnn.ops.scan import scan
-from tests.oracle import assert_matches_float64, draw, evaluate
+from tests.oracle import assert_each_is_alone, assert_matches_float64, draw, end_to_end, evaluate
 
 CUDA = torch.cuda.is_available()
 DEVICE = {"cpu": "cpu", "triton": "cuda" if CUDA else "cpu"}
@@ -243,6 +244,36 @@ def test_resets_are_sequences_of_their_own(backend):
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-14, atol=1e-14)
 
 
+@backends
+@cells
+@pytest.mark.parametrize("reverse", (False, True))
+def test_sequences_end_to_end_run_as_if_each_were_alone(cell, backend, reverse):
+    for dtype, D, has_h0, has_resets in (
+        (torch.float64, 5, True, False),
+        (torch.float32, 33, True, True),
+        (torch.bfloat16, 20, False, False),
+    ):
+        inputs, h0, resets, weight, lengths = end_to_end(cell, [1, 5, 9, 2], D, dtype, DEVICE[backend])
+        h0, resets = h0 if has_h0 else None, resets if has_resets else None
+        assert_each_is_alone(cell, inputs, h0, resets, reverse, backend, weight, lengths)
+
+
+@pytest.mark.parametrize("threads", (1, 2, 3))
+def test_sequences_end_to_end_are_divided_among_threads(threads):
+    lengths = [3000, 2, 2, 700, 1, 5000]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    inputs, h0 = draw(MINLSTM, 1, sum(lengths), 100), torch.randn(len(lengths), 100)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        whole = scan(MINLSTM, tuple(inputs), h0, cu_seqlens=cu_seqlens)
+    finally:
+        torch.set_num_threads(before)
+    parts = zip(*(x.split(lengths, 1) for x in inputs), h0.split(1), strict=True)
+    for got, (*part, state) in zip(whole.split(lengths, 1), parts, strict=True):
+        assert torch.equal(got, scan(MINLSTM, tuple(part), state))
+
+
 @cells
 def test_results_do_not_depend_on_threads(cell):
     inputs = draw(cell, 5, 300, 1100)
@@ -261,7 +292,10 @@ def test_results_do_not_depend_on_threads(cell):
 
 
 def test_few_wide_rows_are_divided_among_threads():
-    from minrnn.ops.cpu import _shares
+    from minrnn.ops import cpu
+
+    def _shares(B, T, D):
+        return cpu._shares(np.arange(B + 1) * T, D)
 
     threads = torch.get_num_threads()
     try:
@@ -279,14 +313,18 @@ def test_few_wide_rows_are_divided_among_threads():
 
 @pytest.mark.parametrize("backend", ("reference", "cpu"))
 @cells
-@pytest.mark.parametrize("options", ({}, {"resets": True}, {"reverse": True}), ids=str)
+@pytest.mark.parametrize(
+    "options", ({}, {"resets": True}, {"reverse": True}, {"packed": True}, {"packed": True, "reverse": True}), ids=str
+)
 def test_first_and_second_derivatives(cell, backend, options):
-    inputs = [x.requires_grad_() for x in draw(cell, 2, 4, 3, torch.float64)]
+    B, T = (1, 8) if options.get("packed") else (2, 4)
+    inputs = [x.requires_grad_() for x in draw(cell, B, T, 3, torch.float64)]
     h0 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    resets = torch.rand(2, 4) < 0.3 if options.get("resets") else None
+    resets = torch.rand(B, T) < 0.3 if options.get("resets") else None
+    cu_seqlens = torch.tensor([0, 3, 8]) if options.get("packed") else None
 
     def f(h0, *inputs):
-        return scan(cell, inputs, h0, resets, options.get("reverse", False), backend)
+        return scan(cell, inputs, h0, resets, options.get("reverse", False), backend, cu_seqlens)
 
     assert torch.autograd.gradcheck(f, (h0, *inputs))
     assert torch.autograd.gradgradcheck(f, (h0, *inputs))
@@ -349,9 +387,9 @@ def test_registration_with_torch(backend, packed):
     leaves = [None if x is None else x.requires_grad_() for x in inputs]
     h0 = torch.randn(2, 17, device=leaves[0].device, requires_grad=True)
     resets = torch.rand(2, 5, device=h0.device) < 0.3
-    torch.library.opcheck(torch.ops.minrnn.scan.default, ("minlstm_g", *leaves, h0, resets, False, backend))
+    torch.library.opcheck(torch.ops.minrnn.scan.default, ("minlstm_g", *leaves, h0, resets, None, False, backend))
     torch.library.opcheck(
-        torch.ops.minrnn.scan.default, ("minlstm_g", *leaves, None, None, True, backend), test_utils="test_schema"
+        torch.ops.minrnn.scan.default, ("minlstm_g", *leaves, None, None, None, True, backend), test_utils="test_schema"
     )
 
 
@@ -359,7 +397,9 @@ def test_registration_with_torch(backend, packed):
 def test_compiled_strides_are_those_of_the_operator(layout):
     gate = laid_out(torch.randn(3, 5, 18), layout).detach().requires_grad_()
     candidate = torch.randn(3, 5, 18, requires_grad=True)
-    torch.library.opcheck(torch.ops.minrnn.scan.default, ("mingru_g", gate, candidate, None, None, None, False, "cpu"))
+    torch.library.opcheck(
+        torch.ops.minrnn.scan.default, ("mingru_g", gate, candidate, None, None, None, None, False, "cpu")
+    )
     compiled = torch.compile(lambda *x: mingru_scan(*x).flatten(1).sin(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(gate, candidate), mingru_scan(gate, candidate).flatten(1).sin())
 

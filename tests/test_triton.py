@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from minrnn.ops import triton_scan  # noqa: E402
 from minrnn.ops.cells import CELLS, LINEAR  # noqa: E402
 from minrnn.ops.scan import scan  # noqa: E402
-from tests.oracle import assert_matches_float64, evaluate  # noqa: E402
+from tests.oracle import assert_each_is_alone, assert_matches_float64, end_to_end, evaluate  # noqa: E402
 
 MINGRU, MINLSTM = CELLS["mingru_g"], CELLS["minlstm_g"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,6 +60,14 @@ def check(cell, inputs, h0, resets, reverse, grad):
 def test_every_cell(cell, given, reverse, regime):
     inputs, (h0,), resets, grad = make(cell, 2, 63, 5)
     check(cell, inputs, h0 if "h0" in given else None, resets if "resets" in given else None, reverse, grad)
+
+
+@pytest.mark.parametrize("cell, reverse", [(LINEAR, False), (MINGRU, True), (MINLSTM, False)], ids=str)
+def test_sequences_end_to_end(cell, reverse, regime):
+    """Shorter than a chunk, as long as one and as several: each as if it were alone, but for other chunks' rounding."""
+    inputs, h0, resets, weight, lengths = end_to_end(cell, [1, 40, 20, 16, 32], 5, device=DEVICE)
+    resets = resets if reverse else None
+    assert_each_is_alone(cell, inputs, h0, resets, reverse, "triton", weight, lengths, 1e-6 * (regime == "split"))
 
 
 @pytest.mark.parametrize("B, T, D", [(1, 1, 1), (3, 2, 33), (2, 15, 1), (1, 16, 100), (1, 17, 32), (1, 67, 33)])

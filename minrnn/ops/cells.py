@@ -8,6 +8,7 @@ Source: "Were RNNs All We Needed?", arXiv 2410.01201, sections 3.1 (minGRU), 3.2
 (the activation g and the log-space forms).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,9 @@ def log_g(x: Tensor) -> Tensor:
     return torch.where(x >= 0, torch.log(F.relu(x) + 0.5), F.logsigmoid(x))
 
 
-def coefficients(cell: Cell, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def coefficients(
+    cell: Cell, inputs: tuple[Tensor, ...], log_sigmoid: Callable[[Tensor], Tensor] = F.logsigmoid
+) -> tuple[Tensor, Tensor]:
     """(a, b) of the recurrence, each of the inputs' shape and dtype; the inputs are those that INPUTS names."""
     if cell.kind == "linear":
         return inputs
@@ -81,7 +84,7 @@ def coefficients(cell: Cell, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor
     if not cell.normalize:
         return torch.sigmoid(forget_gate), torch.sigmoid(input_gate) * candidate
     # f / (f + i) = sigmoid(log f - log i): defined also where both gates underflow.
-    balance = F.logsigmoid(forget_gate) - F.logsigmoid(input_gate)
+    balance = log_sigmoid(forget_gate) - log_sigmoid(input_gate)
     return torch.sigmoid(balance), torch.sigmoid(-balance) * candidate
 
 

@@ -16,6 +16,8 @@ torch's number of threads, each with a fixed share of the batch or the channels,
 on timing.
 """
 
+import contextlib
+import hashlib
 import math
 import os
 import warnings
@@ -23,11 +25,13 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -55,16 +59,56 @@ _jit = njit(forceinline=True, **_OPTIONS)
 _overload = partial(overload, jit_options=dict(forceinline=True, **_OPTIONS))
 
 
+def _sources() -> str:
+    """What compiled kernels depend on. numba itself looks at the file of the outermost function only."""
+    digest = hashlib.sha256()
+    for name in ("cells.py", "cpu.py", "selective_cpu.py"):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()
+
+
+class _Cache(FunctionCache):
+    """numba's cache on disk, of all sources, and of no consequence where it is damaged or cannot be written."""
+
+    def __init__(self, function):
+        super().__init__(function)
+        self._cache_file = IndexDataCacheFile(self._cache_path, self._impl.filename_base, _sources())
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # a damaged pickle raises anything
+            warnings.warn(
+                f"{self._cache_path}: a compiled CPU kernel there is damaged ({type(error).__name__}: {error}); "
+                "it is compiled anew, which takes seconds",
+                stacklevel=2,
+            )
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig, data):
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            warnings.warn(
+                f"{self._cache_path}: a compiled CPU kernel could not be kept there, so other processes compile it "
+                f"anew, which takes seconds: {error}",
+                stacklevel=2,
+            )
+
+
 def _cached_jit(function):
+    kernel = njit(**_OPTIONS)(function)
     try:
-        return njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError as error:
+        kernel._cache = _Cache(function)
+    except (RuntimeError, OSError) as error:
         warnings.warn(
             f"the CPU kernels are compiled anew in this process, which takes seconds: {error}; "
             "set NUMBA_CACHE_DIR to a folder that can be written",
             stacklevel=2,
         )
-        return njit(**_OPTIONS)(function)
+    return kernel
 
 
 # --- element types ---------------------------------------------------------------------------------------
@@ -510,7 +554,7 @@ def _forward_block(tag, element, gate, input_gate, candidate, out, start, carry,
 @_cached_jit
 def _forward(
     tag, element, gate, input_gate, candidate, h0, resets, out,
-    T, b_start, b_stop, together, width, carry, scratch,
+    bounds, b_start, b_stop, together, width, carry, scratch,
 ):  # fmt: skip
     lanes = _lanes(tag)
     blocks = (width + lanes - 1) // lanes
@@ -519,7 +563,7 @@ def _forward(
         b_last = min(b_first + together, b_stop)
         for b in range(b_first, b_last):
             _begin_carry(element, h0, b, lanes, width, carry, (b - b_first) * padded, blocks)
-        for t in range(T):
+        for t in range(bounds[b_first, 0], bounds[b_first, 1]):
             for b in range(b_first, b_last):
                 carry_start = (b - b_first) * padded
                 if _reset_at(resets, b, t):
@@ -580,7 +624,7 @@ def _(tag, element, address, index, value):
 def _backward(
     tag, element, gate, input_gate, candidate, h0, resets, h, grad,
     grad_gate, grad_input_gate, grad_candidate, grad_h0,
-    T, b_start, b_stop, together, width, carry, scratch,
+    bounds, b_start, b_stop, together, width, carry, scratch,
 ):  # fmt: skip
     lanes = _lanes(tag)
     blocks = (width + lanes - 1) // lanes
@@ -589,13 +633,14 @@ def _backward(
     for b_first in range(b_start, b_stop, together):
         b_last = min(b_first + together, b_stop)
         _clear_carry(element, carry, 0, (b_last - b_first) * padded)
-        for t in range(T - 1, -1, -1):
+        first_t = bounds[b_first, 0]
+        for t in range(bounds[b_first, 1] - 1, first_t - 1, -1):
             for b in range(b_last - 1, b_first - 1, -1):
                 carry_start = (b - b_first) * padded
                 reset = _reset_at(resets, b, t)
-                if reset or (t == 0 and h0[0] == 0):
+                if reset or (t == first_t and h0[0] == 0):
                     previous = zeros
-                elif t == 0:
+                elif t == first_t:
                     previous = _at(h0, b, 0)
                 else:
                     previous = _at(h, b, t - 1)
@@ -645,15 +690,15 @@ def _end_carry(element, grad_h0, b, lanes, width, carry, carry_start, blocks):
 # --- launch ------------------------------------------------------------------------------------------------
 
 
-def forward(cell: Cell, inputs, h0, resets, reverse, out) -> None:
+def forward(cell: Cell, inputs, h0, resets, cu_seqlens, reverse, out) -> None:
     """Fills `out` (B, T, D). Every tensor has its channels contiguous, any other stride, and one dtype."""
-    _launch(_forward, cell, (*_three(inputs, inputs[-1]), h0, resets, out), reverse)
+    _launch(_forward, cell, (*_three(inputs, inputs[-1]), h0, resets, out), cu_seqlens, reverse)
 
 
-def backward(cell: Cell, inputs, h0, resets, reverse, h, grad, grads, grad_h0) -> None:
+def backward(cell: Cell, inputs, h0, resets, cu_seqlens, reverse, h, grad, grads, grad_h0) -> None:
     """Fills `grads`, one for each input, and `grad_h0` (B, D) where there is an h0."""
     tensors = (*_three(inputs, inputs[-1]), h0, resets, h, grad, *_three(grads, None), grad_h0)
-    _launch(_backward, cell, tensors, reverse)
+    _launch(_backward, cell, tensors, cu_seqlens, reverse)
 
 
 def _three(tensors, input_gate):
@@ -661,11 +706,19 @@ def _three(tensors, input_gate):
     return tensors if len(tensors) == 3 else (tensors[0], input_gate, tensors[1])
 
 
-def _launch(kernel, cell, tensors, reverse: bool) -> None:
+def _launch(kernel, cell, tensors, cu_seqlens: Tensor | None, reverse: bool) -> None:
     like = tensors[0]
     B, T, D = like.shape
     compute = np.float64 if like.dtype == torch.float64 else np.float32
-    time_outermost = like.stride(1) > like.stride(0)
+    packed = cu_seqlens is not None
+    time_outermost = not packed and like.stride(1) > like.stride(0)
+    if packed:  # the first step of each sequence and the one after its last; the kernel walks backwards by strides
+        edges = cu_seqlens.numpy()
+        bounds = np.stack([edges[:-1], edges[1:]], 1) if not reverse else T - np.stack([edges[1:], edges[:-1]], 1)
+        shares = _shares(edges, D)
+    else:
+        bounds = np.tile(np.array([[0, T]]), (B, 1))
+        shares = _shares(np.arange(B + 1) * T, D)
 
     tag = _TAGS[cell]
     lanes = _lanes(tag)
@@ -679,12 +732,21 @@ def _launch(kernel, cell, tensors, reverse: bool) -> None:
         streams = (_stream(x, d_start, reverse) for x in tensors)
         kernel(
             tag, _ELEMENT_TAGS[like.dtype], *streams,
-            T, b_start, b_stop, together, width, carry.ctypes.data, scratch.ctypes.data,
+            bounds, b_start, b_stop, together, width, carry.ctypes.data, scratch.ctypes.data,
         )  # fmt: skip
 
-    first, *rest = _shares(B, T, D)
-    futures = [_threads(os.getpid()).submit(run, *share) for share in rest]
-    run(*first)
+    in_threads(run, shares)
+
+
+def in_threads(run, shares: list[tuple]) -> None:
+    """Calls `run(*share)` for every share: the first here, the others each in a thread."""
+    futures = []
+    for share in shares[1:]:
+        try:
+            futures.append(_threads(os.getpid()).submit(run, *share))
+        except RuntimeError:  # the interpreter is shutting down, and starts no more threads
+            run(*share)
+    run(*shares[0])
     for future in futures:
         future.result()
 
@@ -695,27 +757,34 @@ def _threads(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), "minrnn")
 
 
-def _shares(B: int, T: int, D: int) -> list[tuple[int, int, int, int]]:
-    """(b_start, b_stop, d_start, d_stop) for each thread; channels are divided where the batch does not suffice."""
-    threads = max(1, min(torch.get_num_threads(), B * T * D // MIN_ELEMENTS_PER_THREAD))
+def _shares(edges: np.ndarray, D: int) -> list[tuple[int, int, int, int]]:
+    """(b_start, b_stop, d_start, d_stop) for each thread; channels are divided where the batch does not suffice.
+
+    `edges` (B + 1,): the sum of the steps of the sequences before each.
+    """
+    B, steps = len(edges) - 1, int(edges[-1])
+    threads = max(1, min(torch.get_num_threads(), steps * D // MIN_ELEMENTS_PER_THREAD))
     pieces = 1 if B >= 4 * threads else max(1, min(threads // math.gcd(B, threads), D // MIN_PIECE))
     rows = min(B, threads // pieces)
     blocks = -(-D // LINEAR_LANES)
-    b_edges = [i * B // rows for i in range(rows + 1)]
+    b_edges = [int(b) for b in np.searchsorted(edges, [i * steps / rows for i in range(rows + 1)])]
     d_edges = [min(D, i * blocks // pieces * LINEAR_LANES) for i in range(pieces + 1)]
-    return [(*b, *d) for b in pairwise(b_edges) for d in pairwise(d_edges)]
+    return [(*b, *d) for b in pairwise(b_edges) if b[0] < b[1] for d in pairwise(d_edges)]
 
 
 def _stream(x: Tensor | None, d: int, reverse: bool) -> tuple[int, int, int]:
-    """A (B, T, D) or (B, D) tensor from channel `d` on, or (B, T) resets, as the kernels take it."""
+    """A (B, T, D) or (B, D) tensor from channel `d` on, or (B, T) resets, as the kernels take it.
+
+    What has one row of the batch has it for all sequences: packed ones lie end to end in it.
+    """
     if x is None:
         return 0, 0, 0
     size = x.element_size()
-    b_stride = x.stride(0) * size
     if x.dtype == torch.bool:
         address, t_stride = x.data_ptr(), x.stride(1) * size
     else:
         address, t_stride = x.data_ptr() + d * size, x.stride(1) * size if x.dim() == 3 else 0
+    b_stride = 0 if x.shape[0] == 1 else x.stride(0) * size
     if reverse and t_stride:
         return address + (x.shape[1] - 1) * t_stride, b_stride, -t_stride
     return address, b_stride, t_stride

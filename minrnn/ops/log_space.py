@@ -10,11 +10,25 @@ from torch import Tensor
 from .cells import Cell, log_coefficients
 
 
-def scan(cell: Cell, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tensor | None, reverse: bool) -> Tensor:
+def scan(
+    cell: Cell,
+    inputs: tuple[Tensor, ...],
+    h0: Tensor | None,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+) -> Tensor:
     """States (B, T, D), in the inputs' dtype, computed in it throughout, as published.
 
     Raises ValueError where the logarithm is not defined. h0=None starts without an initial term.
     """
+    if cu_seqlens is not None:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            raise ValueError("backend: 'log' takes packed sequences one by one, which no graph holds; use another")
+        lengths = cu_seqlens.diff().tolist()
+        each = zip(*(x.split(lengths, 1) for x in inputs), strict=True)
+        states = [None] * len(lengths) if h0 is None else h0.split(1)
+        return torch.cat([scan(cell, xs, h, resets, None, reverse) for xs, h in zip(each, states, strict=True)], 1)
     if resets is not None:
         raise ValueError("resets: not defined in log space (log 0); use another backend")
     positive = {"h0": h0} if h0 is not None else {}

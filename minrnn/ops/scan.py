@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from . import log_space, reference
+from . import log_space, onnx_scan, reference
 from .cells import CELLS, LINEAR, Cell, coefficients
+from .library import below_autograd, define, is_transformed, load
 from .memory import empty
 
 BACKENDS = ("reference", "log", "cpu", "triton")
@@ -133,6 +134,14 @@ def is_autocast_enabled(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def is_onnx_exporting() -> bool:
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
+# As torch.compiler.assume_constant_result does, which would load the compiler. Dynamo takes is_in_onnx_export as False.
+is_onnx_exporting._dynamo_marked_constant = True
+
+
 def _checked_scan(
     cell: Cell, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tensor | None, backend: str
 ) -> Tensor:
@@ -181,23 +190,28 @@ def scan(
     resets: Tensor | None = None,
     reverse: bool = False,
     backend: str = "auto",
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Any cell, without the argument checks.
 
     `inputs` is what the cell takes, or one tensor (B, T, n D) that holds all n side by side, as a fused
     projection gives them: its gradient then comes back as one tensor too, without a copy. `reverse` runs from
     the last step to the first: h0 stands after the last step, a reset clears what enters its step from there.
+    `cu_seqlens`, int64 (S + 1,) on the CPU, is where S sequences begin that lie end to end in inputs of B = 1, and
+    where the last ends; h0 is (S, D) then. Each has a step at least.
     """
     backend = resolve(backend, inputs[0].device, inputs[0].dtype)
     if backend in ("cpu", "triton") and not torch.compiler.is_compiling():
         if any(unpack_dual(x).tangent is not None for x in _present(*inputs, h0)):  # torch would drop it in silence
             raise NotImplementedError(f"backend: {backend!r} has no forward-mode derivative; use backend='reference'")
-    if backend == "reference":
-        return reference.scan(cell, _separate(cell, inputs), h0, resets, reverse)
-    if backend == "log":
-        return log_space.scan(cell, _separate(cell, inputs), h0, resets, reverse)
+    if is_onnx_exporting():
+        backend = "onnx"
+    if backend in ("reference", "log", "onnx"):
+        loop = {"reference": reference.scan, "log": log_space.scan, "onnx": onnx_scan.scan}[backend]
+        return loop(cell, _separate(cell, inputs), h0, resets, cu_seqlens, reverse)
     x0, x1, x2 = _pad(inputs)
-    return _scan_op(cell.name, x0, x1, x2, h0, resets, reverse, backend)
+    op = _Scan.apply if is_transformed() else torch.ops.minrnn.scan
+    return op(cell.name, x0, x1, x2, h0, resets, cu_seqlens, reverse, backend)
 
 
 def _separate(cell: Cell, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -213,13 +227,7 @@ def _present(*inputs: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _kernels(backend: str) -> ModuleType:
-    if backend == "cpu":
-        from . import cpu
-
-        return cpu
-    from . import triton_scan
-
-    return triton_scan
+    return load("cpu" if backend == "cpu" else "triton_scan")
 
 
 def _empty_like(x: Tensor, D: int, new=empty) -> Tensor:
@@ -247,99 +255,133 @@ def _rows(x: Tensor | None) -> Tensor | None:
     return x.contiguous()
 
 
-# The schemas are written out because what torch infers from annotations differs between its versions.
-@torch.library.custom_op(
-    "minrnn::scan",
-    mutates_args=(),
-    schema="(str cell, Tensor x0, Tensor? x1, Tensor? x2, Tensor? h0, Tensor? resets, bool reverse, str backend)"
-    " -> Tensor",
-)
-def _scan_op(cell, x0, x1, x2, h0, resets, reverse, backend):
+def _scan(cell, x0, x1, x2, h0, resets, cu_seqlens, reverse, backend):
     cell, inputs = CELLS[cell], _present(x0, x1, x2)
     out = _empty_states(cell, inputs)
     if out.numel():
         rows = _separate(cell, tuple(_rows(x) for x in inputs))
-        _kernels(backend).forward(cell, rows, _rows(h0), resets, reverse, out)
+        _kernels(backend).forward(cell, rows, _rows(h0), resets, cu_seqlens, reverse, out)
     return out
 
 
-@_scan_op.register_fake
-def _(cell, x0, x1, x2, h0, resets, reverse, backend):
+def _scan_fake(cell, x0, x1, x2, h0, resets, cu_seqlens, reverse, backend):
     return _empty_states(CELLS[cell], _present(x0, x1, x2), _empty_fake)
 
 
-@torch.library.custom_op(
-    "minrnn::scan_backward",
-    mutates_args=(),
-    schema="(str cell, Tensor grad, Tensor h, Tensor x0, Tensor? x1, Tensor? x2, Tensor? h0, Tensor? resets,"
-    " bool reverse, str backend) -> Tensor[]",
-)
-def _scan_backward_op(cell, grad, h, x0, x1, x2, h0, resets, reverse, backend):
-    """The gradients of the inputs and, where there is one, of h0."""
+def _empty_gradients(x0, x1, x2, h0, new):
+    """Of x0, x1, x2 and h0, without elements for those that are None.
+
+    Their number is fixed, because torch has no batched gradients (is_grads_batched) of an operator that returns a list.
+    """
+    absent = new((0,), x0)
+    inputs = (absent if x is None else _empty_like(x, x.shape[2], new) for x in (x0, x1, x2))
+    return *inputs, absent if h0 is None else new(h0.shape, h0)
+
+
+def _scan_backward(cell, grad, h, x0, x1, x2, h0, resets, cu_seqlens, reverse, backend):
     cell, inputs = CELLS[cell], _present(x0, x1, x2)
-    grads = tuple(_empty_like(x, x.shape[2]) for x in inputs)
-    grad_h0 = None if h0 is None else h0.new_zeros(h0.shape)
+    results = _empty_gradients(x0, x1, x2, h0, empty)
+    grads, grad_h0 = results[: len(inputs)], None if h0 is None else results[3].zero_()
     if h.numel():
         rows = _separate(cell, tuple(_rows(x) for x in inputs))
         _kernels(backend).backward(
-            cell, rows, _rows(h0), resets, reverse, _rows(h), _rows(grad), _separate(cell, grads), grad_h0
+            cell, rows, _rows(h0), resets, cu_seqlens, reverse, _rows(h), _rows(grad), _separate(cell, grads), grad_h0
         )
-    return [*grads, *_present(grad_h0)]
+    return results
 
 
-@_scan_backward_op.register_fake
-def _(cell, grad, h, x0, x1, x2, h0, resets, reverse, backend):
-    grads = [_empty_like(x, x.shape[2], _empty_fake) for x in _present(x0, x1, x2)]
-    return grads if h0 is None else [*grads, h0.new_empty(h0.shape)]
+def _scan_backward_fake(cell, grad, h, x0, x1, x2, h0, resets, cu_seqlens, reverse, backend):
+    return _empty_gradients(x0, x1, x2, h0, _empty_fake)
 
 
-def _setup_context(ctx, inputs, output):
-    cell, x0, x1, x2, h0, resets, reverse, backend = inputs
-    ctx.cell, ctx.reverse, ctx.backend = cell, reverse, backend
-    ctx.save_for_backward(x0, x1, x2, h0, resets, output)
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(cell, x0, x1, x2, h0, resets, cu_seqlens, reverse, backend):
+        with below_autograd():
+            return torch.ops.minrnn.scan(cell, x0, x1, x2, h0, resets, cu_seqlens, reverse, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.cell, *tensors, ctx.reverse, ctx.backend = inputs
+        ctx.save_for_backward(*tensors, output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        *inputs, resets, cu_seqlens, h = ctx.saved_tensors
+        options = (resets, cu_seqlens, ctx.reverse, ctx.backend)
+        if torch.is_grad_enabled():  # create_graph=True: the same gradients from differentiable parts
+            grads = _composite_backward(CELLS[ctx.cell], *inputs, *options, h, grad)
+        else:
+            results = torch.ops.minrnn.scan_backward(ctx.cell, grad, h, *inputs, *options)
+            grads = (None if x is None else g for x, g in zip(inputs, results, strict=True))
+        return None, *grads, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, cell, x0, x1, x2, h0, resets, cu_seqlens, reverse, backend):
+        """More examples are more sequences of a batch; packed ones are scanned one example after the other."""
+        V = info.batch_size
+
+        def examples(x, dim):
+            return x if x is None else x.expand(V, *x.shape) if dim is None else x.movedim(dim, 0)
+
+        tensors = [examples(x, dim) for x, dim in zip((x0, x1, x2, h0, resets), in_dims[1:6], strict=True)]
+        if cu_seqlens is None:
+            folded = (None if x is None else x.flatten(0, 1) for x in tensors)
+            h = _Scan.apply(cell, *folded, None, reverse, backend)
+            return h.unflatten(0, (V, h.shape[0] // V)), 0
+        each = zip(*((None,) * V if x is None else x.unbind(0) for x in tensors), strict=True)
+        return torch.stack([_Scan.apply(cell, *xs, cu_seqlens, reverse, backend) for xs in each]), 0
 
 
-def _backward(ctx, grad):
-    x0, x1, x2, h0, resets, h = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True: the same gradients from differentiable parts
-        inputs = _present(x0, x1, x2)
-        *grads, grad_h0 = _composite_backward(CELLS[ctx.cell], inputs, h0, resets, ctx.reverse, ctx.backend, h, grad)
-    else:
-        grads = _scan_backward_op(ctx.cell, grad, h, x0, x1, x2, h0, resets, ctx.reverse, ctx.backend)
-        grad_h0 = None if h0 is None else grads.pop()
-    return None, *_pad(tuple(grads)), grad_h0, None, None, None
+define(
+    "scan(str cell, Tensor x0, Tensor? x1, Tensor? x2, Tensor? h0, Tensor? resets, Tensor? cu_seqlens, bool reverse,"
+    " str backend) -> Tensor",
+    _scan, _scan_fake, _Scan,
+)  # fmt: skip
+define(
+    "scan_backward(str cell, Tensor grad, Tensor h, Tensor x0, Tensor? x1, Tensor? x2, Tensor? h0, Tensor? resets,"
+    " Tensor? cu_seqlens, bool reverse, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _scan_backward, _scan_backward_fake,
+)  # fmt: skip
 
 
-_scan_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _composite_backward(cell, inputs, h0, resets, reverse, backend, h, grad):
-    """The gradients as a graph of differentiable operations, itself built on the linear scan.
+def _composite_backward(cell, x0, x1, x2, h0, resets, cu_seqlens, reverse, backend, h, grad):
+    """The gradients of x0, x1, x2 and h0 as a graph of differentiable operations, itself built on the linear scan.
 
     With s_t the gradient that reaches state t, s_t = grad_t + a_{t+1} s_{t+1}: a scan in the other direction.
     """
     # Views, so that a path from one input to another is not counted here and by the outer graph again.
-    inputs = tuple(x.view_as(x) for x in inputs)
+    inputs = tuple(x.view_as(x) for x in _present(x0, x1, x2))
     compute = torch.promote_types(h.dtype, torch.float32)
     a, b = coefficients(cell, tuple(x.to(compute) for x in _separate(cell, inputs)))
-    initial = (h.new_zeros(h.shape[0], h.shape[2]) if h0 is None else h0).to(compute)[:, None]
-    states, total = h.to(compute), grad.to(compute)
-    if reverse:
-        previous = torch.cat([states, initial], 1)[:, 1:]
+    if cu_seqlens is None:
+        steps = torch.arange(h.shape[1], device=h.device)
+        starts, stops = steps[:1], steps[-1:]
+        initial = (h.new_zeros(h.shape[0], h.shape[2]) if h0 is None else h0)[:, None][:, : h.shape[1]]
     else:
-        previous = torch.cat([initial, states], 1)[:, :-1]
+        cu_seqlens_there = cu_seqlens.to(h.device)
+        starts, stops = cu_seqlens_there[:-1], cu_seqlens_there[1:] - 1
+        initial = (h.new_zeros(starts.shape[0], h.shape[2]) if h0 is None else h0)[None]
+    first, last = (stops, starts) if reverse else (starts, stops)
+    previous = _shift(h.to(compute), reverse).index_copy(1, first, initial.to(compute))
     carried = a
     if resets is not None:
         carried = torch.where(resets[..., None], 0.0, a)
         previous = torch.where(resets[..., None], 0.0, previous)
-    following = F.pad(carried, (0, 0, 1, 0))[:, :-1] if reverse else F.pad(carried, (0, 0, 0, 1))[:, 1:]
-    s = scan(LINEAR, (following, total), None, None, not reverse, backend)
-    first = slice(-1, None) if reverse else slice(0, 1)
-    grad_h0 = None if h0 is None else (carried[:, first] * s[:, first]).sum(1).to(h0.dtype)
+    following = _shift(carried, not reverse).index_fill(1, last, 0.0)
+    s = scan(LINEAR, (following, grad.to(compute)), None, None, not reverse, backend, cu_seqlens)
+    grad_h0 = None
+    if h0 is not None:
+        grad_h0 = (carried * s).index_select(1, first).sum(1 if cu_seqlens is None else 0).to(h0.dtype)
     reached = [(y, dy) for y, dy in ((a, s * previous), (b, s)) if y.requires_grad]
     differentiable = [x for x in inputs if x.requires_grad]
     if not differentiable:
-        return *(None for _ in inputs), grad_h0
+        return None, None, None, grad_h0
     outputs, grad_outputs = zip(*reached, strict=True)
     found = iter(torch.autograd.grad(outputs, differentiable, grad_outputs, create_graph=True))
-    return *(next(found) if x.requires_grad else None for x in inputs), grad_h0
+    return *_pad(tuple(next(found) if x.requires_grad else None for x in inputs)), grad_h0
+
+
+def _shift(x: Tensor, back: bool) -> Tensor:
+    """Every step's neighbour: the one before it, or after it where `back`; zeros beyond the ends."""
+    return F.pad(x, (0, 0, 0, 1))[:, 1:] if back else F.pad(x, (0, 0, 1, 0))[:, :-1]

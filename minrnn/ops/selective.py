@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from .library import below_autograd, define, is_transformed, load
 from .memory import empty
 from .scan import _empty_fake, _empty_like, _rows, is_autocast_enabled, resolve
 
@@ -71,7 +72,8 @@ def selective_scan(
     if not torch.compiler.is_compiling():
         if any(unpack_dual(x).tangent is not None for x in tensors.values()):  # torch would drop it in silence
             raise NotImplementedError(f"backend: {backend!r} has no forward-mode derivative; use backend='reference'")
-    y, last, _ = _op(*(tensors.get(name) for name in ("u", "dt", "A", "B", "C", "h0")), backend)
+    op = _SelectiveScan.apply if is_transformed() else torch.ops.minrnn.selective_scan
+    y, last, _ = op(*(tensors.get(name) for name in ("u", "dt", "A", "B", "C", "h0")), backend)
     return y, last
 
 
@@ -89,13 +91,7 @@ def _reference(
 
 
 def _kernels(backend: str) -> ModuleType:
-    if backend == "cpu":
-        from . import selective_cpu
-
-        return selective_cpu
-    from . import selective_triton
-
-    return selective_triton
+    return load("selective_cpu" if backend == "cpu" else "selective_triton")
 
 
 # Every how many steps a state is saved. On a CPU the states of so many steps, and their exponentials, stay in the
@@ -114,13 +110,7 @@ def _empty_results(u, A, backend, new):
     return _empty_like(u, D, new), new((batch, N, D), u).mT, new((batch * stretches * N * D,), u)
 
 
-# The schemas are written out because what torch infers from annotations differs between its versions.
-@torch.library.custom_op(
-    "minrnn::selective_scan",
-    mutates_args=(),
-    schema="(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? h0, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def _op(u, dt, A, B, C, h0, backend):
+def _scan(u, dt, A, B, C, h0, backend):
     """y, the last state and the saved states, which have no gradient."""
     y, last, saved = _empty_results(u, A, backend, empty)
     if y.numel() and A.numel():
@@ -132,31 +122,25 @@ def _op(u, dt, A, B, C, h0, backend):
     return y, last, saved
 
 
-@_op.register_fake
-def _(u, dt, A, B, C, h0, backend):
+def _scan_fake(u, dt, A, B, C, h0, backend):
     return _empty_results(u, A, backend, _empty_fake)
 
 
 def _empty_gradients(u, dt, A, B, C, has_h0, new):
+    """Of u, dt, A, B, C and h0, the last without elements where there is none."""
     N = A.shape[1]
-    grads = [_empty_like(u, u.shape[2], new), _empty_like(dt, u.shape[2], new), new(A.shape, A)]
-    grads += [_empty_like(B, N, new), _empty_like(C, N, new)]
-    return grads if not has_h0 else [*grads, new((u.shape[0], N, u.shape[2]), u).mT]
+    grads = _empty_like(u, u.shape[2], new), _empty_like(dt, u.shape[2], new), new(A.shape, A)
+    grad_h0 = new((u.shape[0], N, u.shape[2]), u).mT if has_h0 else new((0,), u)
+    return *grads, _empty_like(B, N, new), _empty_like(C, N, new), grad_h0
 
 
-@torch.library.custom_op(
-    "minrnn::selective_scan_backward",
-    mutates_args=(),
-    schema="(Tensor? grad, Tensor? grad_last, Tensor saved, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C,"
-    " bool has_h0, str backend) -> Tensor[]",
-)
-def _backward_op(grad, grad_last, saved, u, dt, A, B, C, has_h0, backend):
-    """The gradients of u, dt, A, B, C and, where there is one, of h0; those given may be absent."""
+def _scan_backward(grad, grad_last, saved, u, dt, A, B, C, has_h0, backend):
+    """The gradients; those given may be absent."""
     grads = _empty_gradients(u, dt, A, B, C, has_h0, empty)
     if u.numel() and A.numel():
         inputs = (_rows(u), _rows(dt), A, _rows(B), _rows(C))
         given = (saved, _rows(grad), grad_last)
-        _kernels(backend).backward(*inputs, *given, *grads, *(None,) * (not has_h0), STEPS[backend])
+        _kernels(backend).backward(*inputs, *given, *grads[:5], grads[5] if has_h0 else None, STEPS[backend])
     else:
         for x in grads:
             x.zero_()
@@ -165,25 +149,50 @@ def _backward_op(grad, grad_last, saved, u, dt, A, B, C, has_h0, backend):
     return grads
 
 
-@_backward_op.register_fake
-def _(grad, grad_last, saved, u, dt, A, B, C, has_h0, backend):
+def _scan_backward_fake(grad, grad_last, saved, u, dt, A, B, C, has_h0, backend):
     return _empty_gradients(u, dt, A, B, C, has_h0, _empty_fake)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
+class _SelectiveScan(torch.autograd.Function):
+    # torch.func.vmap goes through the operator, example after example
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u, dt, A, B, C, h0, backend):
+        with below_autograd():
+            return torch.ops.minrnn.selective_scan(u, dt, A, B, C, h0, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.backend = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*tensors, output[2])
+
+    @staticmethod
+    def backward(ctx, grad, grad_last, _):
+        *inputs, saved = ctx.saved_tensors
+        if grad is None and grad_last is None:
+            return (None,) * 7
+        if torch.is_grad_enabled():  # create_graph=True: the same gradients from differentiable parts
+            return *_composite_backward(inputs, grad, grad_last), None
+        has_h0 = inputs[5] is not None
+        *grads, grad_h0 = torch.ops.minrnn.selective_scan_backward(
+            grad, grad_last, saved, *inputs[:5], has_h0, ctx.backend
+        )
+        return *grads, grad_h0 if has_h0 else None, None
 
 
-def _backward(ctx, grad, grad_last, _):
-    *inputs, saved = ctx.saved_tensors
-    if grad is None and grad_last is None:
-        return (None,) * 7
-    if torch.is_grad_enabled():  # create_graph=True: the same gradients from differentiable parts
-        return *_composite_backward(inputs, grad, grad_last), None
-    grads = _backward_op(grad, grad_last, saved, *inputs[:5], inputs[5] is not None, ctx.backend)
-    return *grads, *(None,) * (6 - len(grads)), None
+define(
+    "selective_scan(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? h0, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _scan, _scan_fake, _SelectiveScan,
+)  # fmt: skip
+define(
+    "selective_scan_backward(Tensor? grad, Tensor? grad_last, Tensor saved, Tensor u, Tensor dt, Tensor A, Tensor B,"
+    " Tensor C, bool has_h0, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _scan_backward, _scan_backward_fake,
+)  # fmt: skip
 
 
 def _composite_backward(inputs, grad, grad_last):
@@ -198,6 +207,3 @@ def _composite_backward(inputs, grad, grad_last):
     results, weights = zip(*outputs, strict=True)
     found = iter(torch.autograd.grad(results, differentiable, weights, create_graph=True, allow_unused=True))
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
-
-
-_op.register_autograd(_backward, setup_context=_setup_context)

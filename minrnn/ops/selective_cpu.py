@@ -14,7 +14,6 @@ Work is divided into items by the shapes alone: a sequence, or a group of its bl
 its own share of every sum, and shares are added in order, so that results do not depend on the number of threads.
 """
 
-import os
 from itertools import pairwise
 
 import numpy as np
@@ -24,7 +23,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .cpu import _ELEMENT_TAGS, _at, _bounded_exp, _cached_jit, _jit, _like, _overload, _threads, _zero
+from .cpu import _ELEMENT_TAGS, _at, _bounded_exp, _cached_jit, _jit, _like, _overload, _zero, in_threads
 
 LANES = 16
 # Below this many states (times steps) a further thread costs more than it saves.
@@ -381,10 +380,7 @@ def _launch(kernel, like: Tensor, N: int, arguments: tuple, steps: int, scratch_
         kernel(_ELEMENT_TAGS[like.dtype], *arguments, T, D, N, steps, groups, first, stop, start)
 
     shares = list(pairwise(i * items // threads for i in range(threads + 1)))
-    futures = [_threads(os.getpid()).submit(run, *share) for share in shares[1:]]
-    run(*shares[0])
-    for future in futures:
-        future.result()
+    in_threads(run, shares)
 
 
 def _count_blocks(D: int) -> int:

@@ -271,9 +271,19 @@ def _walk(
     return h, product
 
 
+@triton.jit
+def _place(bounds, b, T):
+    """The first step of a sequence and how many it has: all T, but where `bounds` (sequences, 2) gives ends."""
+    if bounds is None:
+        return b * 0, T
+    else:
+        first = tl.load(bounds + 2 * b)
+        return first, tl.load(bounds + 2 * b + 1) - first
+
+
 @_generic_jit
 def _scan_kernel(
-    gate, input_gate, candidate, resets, initial, out, products, ends,
+    gate, input_gate, candidate, resets, bounds, initial, out, products, ends,
     T: tl.int32, D: tl.int64, chunk_steps: tl.int32, chunks: tl.int32,
     gate_b: tl.int64, gate_t: tl.int64, input_gate_b: tl.int64, input_gate_t: tl.int64,
     candidate_b: tl.int64, candidate_t: tl.int64,
@@ -292,14 +302,15 @@ def _scan_kernel(
         h = tl.zeros((1, BLOCK_D), ACC)
     else:
         h = tl.load(initial + b * initial_b + chunk * initial_c + d, mask=lanes, other=0).to(ACC)
+    first, T = _place(bounds, b, T)
     start = chunk.to(tl.int64) * chunk_steps
     stop = tl.minimum(start + chunk_steps, T)
     h, product = _walk(
-        gate + b * gate_b + d,
-        None if input_gate is None else input_gate + b * input_gate_b + d,
-        candidate + b * candidate_b + d,
-        None if resets is None else resets + b * resets_b + _nothing(d, resets_d),
-        None if out is None else out + b * out_b + d,
+        gate + b * gate_b + first * gate_t + d,
+        None if input_gate is None else input_gate + b * input_gate_b + first * input_gate_t + d,
+        candidate + b * candidate_b + first * candidate_t + d,
+        None if resets is None else resets + b * resets_b + first * resets_t + _nothing(d, resets_d),
+        None if out is None else out + b * out_b + first * out_t + d,
         h, start, stop, lanes, gate_t, input_gate_t, candidate_t, resets_t, out_t,
         KIND, ACTIVATION, NORMALIZE, ADJOINT, STEPS,
     )  # fmt: skip
@@ -310,7 +321,7 @@ def _scan_kernel(
 
 @_generic_jit
 def _carry_kernel(
-    gate, input_gate, candidate, resets, initial, products, ends, entering,
+    gate, input_gate, candidate, resets, bounds, initial, products, ends, entering,
     T: tl.int32, D: tl.int64, chunk_steps: tl.int32, chunks: tl.int32,
     gate_b: tl.int64, gate_t: tl.int64, input_gate_b: tl.int64, input_gate_t: tl.int64,
     candidate_b: tl.int64, candidate_t: tl.int64,
@@ -332,6 +343,7 @@ def _carry_kernel(
         h = tl.load(initial + b * initial_b + d, mask=lanes, other=0).to(ACC)
     entering += b * (chunks + 1) * D + d
     tl.store(entering, h, mask=lanes)
+    first_t, T = _place(bounds, b, T)
     summaries = b * chunks * D + d
     rows = tl.arange(0, CHUNKS)[:, None].to(tl.int64)
     first = b * 0
@@ -355,10 +367,10 @@ def _carry_kernel(
                 jumped = tl.load(products + summary, mask=lanes, other=1) * h
                 jumped += tl.load(ends + summary, mask=lanes, other=0)
                 walked, _product = _walk(
-                    gate + b * gate_b + d,
-                    None if input_gate is None else input_gate + b * input_gate_b + d,
-                    candidate + b * candidate_b + d,
-                    None if resets is None else resets + b * resets_b + _nothing(d, resets_d),
+                    gate + b * gate_b + first_t * gate_t + d,
+                    None if input_gate is None else input_gate + b * input_gate_b + first_t * input_gate_t + d,
+                    candidate + b * candidate_b + first_t * candidate_t + d,
+                    None if resets is None else resets + b * resets_b + first_t * resets_t + _nothing(d, resets_d),
                     None,
                     h, chunk_start, tl.minimum(chunk_start + chunk_steps, T), lanes,
                     gate_t, input_gate_t, candidate_t, resets_t, 0, KIND, ACTIVATION, NORMALIZE, ADJOINT, STEPS,
@@ -371,7 +383,7 @@ def _carry_kernel(
 
 @_generic_jit
 def _gradient_kernel(
-    gate, input_gate, candidate, resets, initial, states, grad, entering,
+    gate, input_gate, candidate, resets, bounds, initial, states, grad, entering,
     grad_gate, grad_input_gate, grad_candidate, grad_initial,
     T: tl.int32, D: tl.int64, chunk_steps: tl.int32, chunks: tl.int32,
     gate_b: tl.int64, gate_t: tl.int64, input_gate_b: tl.int64, input_gate_t: tl.int64,
@@ -388,17 +400,18 @@ def _gradient_kernel(
     b, chunk = row // chunks, row % chunks
     d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     lanes = d < D
-    gate += b * gate_b + d
-    candidate += b * candidate_b + d
-    states += b * states_b + d
-    grad += b * grad_b + d
-    grad_gate += b * grad_gate_b + d
-    grad_candidate += b * grad_candidate_b + d
+    first, T = _place(bounds, b, T)
+    gate += b * gate_b + first * gate_t + d
+    candidate += b * candidate_b + first * candidate_t + d
+    states += b * states_b + first * states_t + d
+    grad += b * grad_b + first * grad_t + d
+    grad_gate += b * grad_gate_b + first * grad_gate_t + d
+    grad_candidate += b * grad_candidate_b + first * grad_candidate_t + d
     if input_gate is not None:
-        input_gate += b * input_gate_b + d
-        grad_input_gate += b * grad_input_gate_b + d
+        input_gate += b * input_gate_b + first * input_gate_t + d
+        grad_input_gate += b * grad_input_gate_b + first * grad_input_gate_t + d
     if resets is not None:
-        resets += b * resets_b + _nothing(d, resets_d)
+        resets += b * resets_b + first * resets_t + _nothing(d, resets_d)
     h0 = tl.zeros((1, BLOCK_D), ACC)
     if initial is not None:
         h0 = tl.load(initial + b * initial_b + d, mask=lanes, other=0).to(ACC)
@@ -448,11 +461,17 @@ def _gradient_kernel(
 
 
 def forward(
-    cell: Cell, inputs: tuple[Tensor, ...], h0: Tensor | None, resets: Tensor | None, reverse: bool, out: Tensor
+    cell: Cell,
+    inputs: tuple[Tensor, ...],
+    h0: Tensor | None,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    out: Tensor,
 ) -> None:
     """Fills `out` (B, T, D) with the states. All tensors have D contiguous, any strides over B and T."""
-    B, T, D = out.shape
-    arguments = _cell(cell, out.dtype) | _inputs(inputs, resets, flip=reverse)
+    B, T, D, bounds = _sequences(out, cu_seqlens, flip=reverse)
+    arguments = _cell(cell, out.dtype) | _inputs(inputs, resets, flip=reverse) | {"bounds": bounds}
     chunk_steps = _chunk_steps(B, T, D, out.device)
     initial = h0 if chunk_steps >= T else _entering(arguments, h0, B, T, D, chunk_steps)
     _launch(
@@ -476,6 +495,7 @@ def backward(
     inputs: tuple[Tensor, ...],
     h0: Tensor | None,
     resets: Tensor | None,
+    cu_seqlens: Tensor | None,
     reverse: bool,
     h: Tensor,
     grad: Tensor,
@@ -483,9 +503,9 @@ def backward(
     grad_h0: Tensor | None,
 ) -> None:
     """Fills `grads`, one for each input, and `grad_h0` (B, D), from the states h and their gradient."""
-    B, T, D = h.shape
     flip = not reverse
-    arguments = _cell(cell, h.dtype) | _inputs(inputs, resets, flip)
+    B, T, D, bounds = _sequences(h, cu_seqlens, flip)
+    arguments = _cell(cell, h.dtype) | _inputs(inputs, resets, flip) | {"bounds": bounds}
     chunk_steps = _chunk_steps(B, T, D, h.device)
     entering = None
     if chunk_steps < T:
@@ -508,6 +528,16 @@ def backward(
         **_extent(T, D, chunk_steps, triton.cdiv(T, chunk_steps)),
         STEPS=_backward_steps(arguments),
     )
+
+
+def _sequences(h: Tensor, cu_seqlens: Tensor | None, flip: bool) -> tuple[int, int, int, Tensor | None]:
+    """How many there are, the longest one's steps, D, and where each begins and ends if they lie end to end."""
+    B, T, D = h.shape
+    if cu_seqlens is None:
+        return B, T, D, None
+    bounds = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], 1)
+    longest = int(cu_seqlens.diff().max())
+    return len(bounds), longest, D, (T - bounds.flip(1) if flip else bounds).to(h.device)
 
 
 def _entering(
@@ -589,6 +619,7 @@ def _view(name: str, x: Tensor | None, flip: bool = False) -> dict:
     if x is None:
         return {name: None, f"{name}_b": 0, f"{name}_t": 0}
     b, t = x.stride()[:2]
+    b = 0 if x.shape[0] == 1 else b  # packed sequences lie end to end in one row of the batch
     return {name: x[:, -1:] if flip else x, f"{name}_b": b, f"{name}_t": -t if flip else t}
 
 

@@ -1,0 +1,39 @@
+"""The scan as torch.onnx's exporter takes it: the gates over the whole sequence, then torch's own `scan` operator."""
+
+import torch
+from torch import Tensor
+
+from .cells import Cell
+from .reference import start
+
+
+def scan(
+    cell: Cell,
+    inputs: tuple[Tensor, ...],
+    h0: Tensor | None,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+) -> Tensor:
+    """States (B, T, D) in the inputs' dtype; bf16 and fp16 accumulate in float32. Becomes the ONNX operator Scan."""
+    if not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "torch.onnx.export(..., dynamo=False): TorchScript has no operator for this scan; use dynamo=True"
+        )
+    from torch._higher_order_ops.scan import scan as loop  # only here: it loads torch's compiler
+
+    a, b, h = start(cell, inputs, h0, cu_seqlens, reverse, _log_sigmoid)
+    if resets is not None:
+        a = torch.where(resets[..., None], 0.0, a)
+
+    def step(h, coefficients):
+        a_t, b_t = coefficients
+        h = a_t * h + b_t
+        return h, h.clone()
+
+    return loop(step, h, (a, b), dim=1, reverse=reverse)[1].to(inputs[0].dtype)
+
+
+def _log_sigmoid(x: Tensor) -> Tensor:
+    """Finite everywhere, where the exporter writes log(sigmoid(x)). Not for training: its derivative at 0 is 0."""
+    return -torch.relu(-x) - torch.log1p(torch.exp(-x.abs()))
