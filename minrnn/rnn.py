@@ -127,10 +127,11 @@ class _MinRNN(nn.Module):
                 parameters' dtype (any float dtype under autocast).
             hx: (L * D, B, H), or (L * D, H) unbatched: the states before the first step of each direction, any
                 sign, the input's dtype; layer k's directions stand at k * D. For a PackedSequence in the order of
-                the sequences as they were before packing. None means zeros.
+                the sequences as they were before packing, whose rows alone are computed. None means zeros.
 
         Returns:
-            out: the input's form with D * H features, forward then reverse. Contiguous. The backward pass reads
+            out: the input's form with D * H features, forward then reverse, contiguous; its dtype too, but under
+                autocast hx's where that is given, on a CPU, and the autocast dtype elsewhere. The backward pass reads
                 it, so an in-place operation on it (nn.ReLU(inplace=True)) is an error, as with cuDNN.
             h_n: hx's shape; the state after the last step of each direction (the reverse one's is at step 0).
 

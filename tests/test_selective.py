@@ -280,6 +280,22 @@ def test_nothing_of_all_states_is_allocated():
     assert 0 < largest < batch * T * D * N * 4 / 2
 
 
+def test_torch_func():
+    inputs = {name: x.double() for name, x in draw(2, 7, 5, 3).items()}
+
+    def loss(inputs, backend="cpu"):
+        y, last = selective_scan(**inputs, backend=backend)
+        return y.square().sum() + last.sum()
+
+    got, want = (torch.func.grad(lambda x, b=b: loss(x, b))(inputs) for b in ("cpu", "reference"))
+    for name in inputs:
+        torch.testing.assert_close(got[name], want[name])
+    batch = {name: torch.stack([x, x / 2]) for name, x in inputs.items()}
+    each = torch.vmap(torch.func.grad(loss))(batch)
+    for name in inputs:
+        torch.testing.assert_close(each[name][0], want[name])
+
+
 @backends
 def test_registration_with_torch(backend):
     inputs = draw(2, 11, 18, 3, device=DEVICE[backend])

@@ -34,7 +34,7 @@ def linear_scan(
         (B, T, D) states in the inputs' dtype; the last state is `h[:, -1]`. Compiled backends accumulate in
         float32 (float64 for float64), and their memory order follows the first input's: time outermost where
         it has rows in that order. Differentiable in a, b and h0, any number of times, by reverse mode; for
-        forward mode and torch.func use backend="reference".
+        forward mode use backend="reference".
 
     Raises:
         TypeError: an argument is not a tensor of the expected dtype.

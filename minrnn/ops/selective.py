@@ -32,7 +32,7 @@ def selective_scan(
 
     Returns:
         y (B, T, D) and the last state (B, D, N), in the inputs' dtype. Both are differentiable in all inputs, by
-        reverse mode; a second time by the plain loop. For forward mode and torch.func use backend="reference".
+        reverse mode; a second time by the plain loop. For forward mode use backend="reference".
 
     Raises:
         TypeError: an argument is not a tensor of the expected dtype.
