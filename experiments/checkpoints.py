@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pickle
 import re
 import warnings
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .records import Refusal
+from .records import Refusal, regular
 
 KEPT = 2
 NAME = re.compile(r"(\d{9})-([0-9a-f]{16})\.pt")
@@ -66,8 +65,8 @@ def load(
         if _whole(path):
             try:
                 saved = torch.load(path, map_location=device, weights_only=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-                text = str(error).strip().splitlines()[0]
+            except Exception as error:  # a damaged pickle raises anything
+                text = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise CheckpointError(f"{path}: expected tensors and plain values ({text}); {_todo(path)}") from error
             _check(path, saved, belongs_to, steps)
             return saved
@@ -76,14 +75,15 @@ def load(
 
 def _check(path: Path, saved: dict[str, Any], belongs_to: dict[str, Any], steps: int | None) -> None:
     todo = _todo(path)
-    if not isinstance(saved, dict) or "belongs_to" not in saved:
-        raise CheckpointError(f"{path}: expected a run's checkpoint that says what it belongs to; {todo}")
-    found, expected = json.loads(saved["belongs_to"]), json.loads(json.dumps(belongs_to))
-    for key, value in expected.items():
+    try:
+        found, step = dict(json.loads(saved["belongs_to"])), int(saved["state"]["step"])
+    except (TypeError, KeyError, ValueError) as error:
+        text = f"{path}: expected a run's checkpoint that says what it belongs to"
+        raise CheckpointError(f"{text} ({type(error).__name__}: {error}); {todo}") from error
+    for key, value in json.loads(json.dumps(belongs_to)).items():
         if found.get(key) != value:
             text = f"expected a checkpoint of {key} {value!r:.80}, got one of {found.get(key)!r:.80}"
             raise CheckpointError(f"{path}: {text}; {todo}")
-    step = saved["state"]["step"]
     if steps is not None and not 0 <= step <= steps:
         raise CheckpointError(f"{path}: expected a step up to {steps}, got {step}; {todo}")
 
@@ -93,7 +93,11 @@ def _todo(path: Path) -> str:
 
 
 def _whole(path: Path) -> bool:
-    """Whether its content is what its name says."""
+    """Whether its content is what its name says. Raises CheckpointError: it is no file."""
+    try:
+        regular(path, CheckpointError)  # a pipe would never end
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_todo(path)}") from error
     return _checksum(path) == NAME.fullmatch(path.name)[2]
 
 

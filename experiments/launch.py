@@ -1,8 +1,8 @@
 """From a command line to a run: `python -m experiments.<experiment> key=value ...`, `-m` for a sweep. Needs no torch.
 
 Exit codes: 0 the run has its record, 1 it failed, 2 the command is wrong, 75 it stopped before its end (out of
-budget, told to stop, or another process is at it) and the same command goes on; with launchers of other processes
-such a run counts as failed.
+budget, told to stop, or another process is at it) and the same command goes on, 130 it was interrupted; with launchers
+of other processes such a run counts as failed.
 """
 
 import copy
@@ -29,7 +29,7 @@ from . import config, records
 CONFIGS = Path(__file__).parent.parent / "configs"
 GROUPS = ("model", "convention", "optimizer", "part", "profile", "launcher")
 PATHS = ("results_dir", "output_dir", "data.path")
-WRONG, UNFINISHED = 2, 75
+WRONG, UNFINISHED, INTERRUPTED = 2, 75, 130
 _outcomes: list[str] = []
 UNFINISHED_OUTCOMES = {"paused", "stopped", "busy"}
 
@@ -65,7 +65,11 @@ def main(experiment: str) -> None:
     first = next((i for i, a in enumerate(sys.argv) if a in arguments.overrides), len(sys.argv))
     sys.argv.insert(first, SEARCH)
     os.environ["MINRNN_MAIN_PROCESS"] = str(os.getpid())  # launchers' processes inherit it
-    hydra.main(version_base="1.3", config_path=str(CONFIGS / experiment), config_name="config")(_task)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS / experiment), config_name="config")(_task)()
+    except KeyboardInterrupt:  # the second, while training
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     sys.exit(UNFINISHED if set(_outcomes) & UNFINISHED_OUTCOMES else 0)
 
 

@@ -41,6 +41,8 @@ from experiments import data, machine, records
 from experiments.decision.data import ENVIRONMENTS, KEYS, LEVELS, MAX_EP_LEN, normalized, read
 from experiments.seeds import QUARTER, RUNS
 
+from .tables import command
+
 Episode = dict[str, np.ndarray]  # by KEYS, one row a step
 Act = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # (n, S) observations to (n, A) float32 actions
 
@@ -588,4 +590,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

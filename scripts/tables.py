@@ -439,6 +439,9 @@ def command(main: Callable[[], int | None]) -> None:
         sys.exit(main())
     except RecordError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def main() -> None:

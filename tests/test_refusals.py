@@ -8,11 +8,14 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments import config, launch, records
+from experiments import charlm, checkpoints, config, launch, records
+from experiments.decision import data as decision_data
 from scripts import plan, tables
+from tests.test_decision_data import NAME, save, steps
 from tests.test_scripts import make_record, put
 
 ROOT = Path(__file__).parent.parent
@@ -257,3 +260,112 @@ def test_a_setting_drawn_at_random_is_taken_or_named_in_one_line():
             assert key.split(".")[-1] in text and "\n" not in text, (experiment, setting, text)
             outcomes.append(text)
     assert 50 < sum(outcome is not None for outcome in outcomes) < 100
+
+
+def test_a_second_interrupt_ends_in_one_line(tmp_path):
+    program = """
+from experiments import launch, selective_copy
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+selective_copy.evaluate = interrupt
+launch.main("selective_copy")
+"""
+    places = [f"results_dir={tmp_path / 'results'}", f"output_dir={tmp_path / 'outputs'}", "logger=none"]
+    command = [sys.executable, "-c", program, "profile=smoke", *places, "progress=false"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; the same command goes on from the last checkpoint\n"
+    assert not [*(tmp_path / "results").rglob("*.json")]
+
+
+# -- damages drawn at random
+
+
+def _a_record(folder):
+    run = next(run for run in plan.runs("cpu", 1) if run.experiment == "charlm")
+    put(folder, make_record(run, 0.9))
+    path = records.record_path(folder, run.experiment, run.run_id)
+    return path, lambda: tables.load(folder)
+
+
+def _a_checkpoint(folder):
+    """Renamed to what its damaged content sums up to, so that it is opened."""
+    state = {"state": {"step": 3}, "model": {"weight": torch.randn(5, 4)}}
+    path = checkpoints.save(folder / "run", 3, state, {"run_id": "a"})
+
+    def open_it():
+        for found in (folder / "run").iterdir():
+            if found.is_file():
+                found.rename(found.with_name(f"000000003-{checkpoints._checksum(found)}.pt"))
+        checkpoints.clean(folder / "run")
+        checkpoints.load(folder / "run", "cpu", {"run_id": "a"}, 10)
+
+    return path, open_it
+
+
+def _published_values(folder):
+    path = folder / "paper.csv"
+    path.write_bytes(tables.PAPER.read_bytes())
+    return path, lambda: tables.read_paper(path)
+
+
+def _a_text(folder):
+    path = folder / "text.txt"
+    path.write_text("to be or not to bé " * 500)
+    cfg = launch.resolve("charlm", ["profile=smoke", f"data.path='{path}'"])
+    return path, lambda: charlm.read(cfg, "cpu")
+
+
+def _a_dataset(folder):
+    path = save(folder / "a.hdf5", steps((3, 1, 9, 7), tail=2), {"algorithm": "none"})
+    return path, lambda: decision_data.read(path, NAME)
+
+
+def _flipped(content, random):
+    content = bytearray(content)
+    for _ in range(random.choice((1, 8, 64))):
+        content[random.randrange(len(content))] = random.randrange(256)
+    return bytes(content)
+
+
+CONTENTS = {
+    "cut off": lambda content, random: content[: random.randrange(len(content))],
+    "bytes changed": _flipped,
+    "a hole of zeros": lambda content, random: content[:100] + bytes(random.randrange(1, 4000)) + content[100:],
+    "a stretch lost": lambda content, random: content[:50] + content[random.randrange(50, len(content)) :],
+    "twice": lambda content, random: content * 2,
+    "noise": lambda content, random: random.randbytes(1000),
+}
+PLACES = {
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": os.mkfifo,
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a link to nothing": lambda path: path.symlink_to(path.with_name("gone")),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_a_damage_drawn_at_random_is_survived_or_named_in_one_line(tmp_path):
+    random, outcomes = Random(1), []
+    makers = (_a_record, _a_checkpoint, _published_values, _a_text, _a_dataset)
+    for i in range(150):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        path, open_it = makers[i % len(makers)](folder)
+        damage = random.choice([*CONTENTS, *PLACES])
+        if damage in CONTENTS:
+            path.write_bytes(CONTENTS[damage](path.read_bytes(), random))
+        else:
+            path.unlink()
+            PLACES[damage](path)
+        try:
+            open_it()
+            outcomes.append(None)
+        except (records.Refusal, OSError) as error:
+            text = str(error)
+            assert "\n" not in text and (str(folder) in text or "data." in text), (damage, path, text)
+            outcomes.append(text)
+        except Exception as error:
+            raise AssertionError(f"{path.name}, {damage}: {type(error).__name__}: {error}") from error
+    assert 75 < sum(outcome is not None for outcome in outcomes) < 150

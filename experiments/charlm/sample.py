@@ -30,7 +30,7 @@ from ..launch import settings_of
 @dataclass
 class Settings:
     run: str = ""
-    prompt: str = "\n"
+    prompt: str = ""  # empty: a line end, or the first of the text's characters where it has none
     tokens: int = 500
     temperature: float = 0.8  # 0 takes the likeliest
     top_k: int = 0  # choose among so many; 0: all
@@ -52,8 +52,6 @@ class Settings:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device: {self.device!r} cannot be used here ({str(error).splitlines()[0]})") from None
-        if not self.prompt:
-            raise ValueError("prompt: expected a character at least")
 
 
 parse = partial(settings_of, Settings)
@@ -130,11 +128,12 @@ def main(arguments: list[str]) -> None:
     settings = parse([argument for argument in arguments if argument != "--stats"])
     torch.set_num_threads(1)  # one token's matrices are too small to share
     model, vocabulary = load(settings)
-    unknown = sorted(set(settings.prompt) - set(vocabulary))
+    text = settings.prompt or ("\n" if "\n" in vocabulary else vocabulary[0])
+    unknown = sorted(set(text) - set(vocabulary))
     if unknown:
         raise ValueError(f"prompt: {''.join(unknown)!r} is not among the text's {len(vocabulary)} characters")
-    prompt = torch.tensor([vocabulary.index(character) for character in settings.prompt], device=settings.device)
-    print(settings.prompt, end="", flush=True)
+    prompt = torch.tensor([vocabulary.index(character) for character in text], device=settings.device)
+    print(text, end="", flush=True)
     began, size, first = time.perf_counter(), 0, 0.0
     for token, state in generate(model, prompt, settings):
         first = first or time.perf_counter()
@@ -155,3 +154,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
