@@ -125,8 +125,8 @@ def test_fills_what_it_is_given(reverse, regime):
     memory = torch.full((5, T + 2, B, D + 3), torch.nan, device=DEVICE)
     out, *grads = memory[:4, 1:-1, :, 2:-1].transpose(1, 2)
     grad_h0 = torch.full_like(h0, torch.nan)
-    triton_scan.forward(cell, tuple(inputs), h0, resets, reverse, out)
-    triton_scan.backward(cell, tuple(inputs), h0, resets, reverse, out, grad, tuple(grads), grad_h0)
+    triton_scan.forward(cell, tuple(inputs), h0, resets, None, reverse, out)
+    triton_scan.backward(cell, tuple(inputs), h0, resets, None, reverse, out, grad, tuple(grads), grad_h0)
     expected = evaluate(cell, inputs, h0, resets, reverse, "reference", grad)
     for x, (name, y) in zip((out, *grads, grad_h0), expected.items(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5, msg=lambda message, name=name: f"{name}: {message}")
@@ -274,8 +274,8 @@ def launches(cell, dtype, resets, split):
     x = torch.empty(2, 64, 32, dtype=dtype)
     inputs = (x,) * len(cell.inputs)
     resets = torch.empty(2, 64, dtype=torch.bool) if resets else None
-    triton_scan.forward(cell, inputs, x[:, 0], resets, False, x)
-    triton_scan.backward(cell, inputs, x[:, 0], resets, False, x, x, inputs, x[:, 0])
+    triton_scan.forward(cell, inputs, x[:, 0], resets, None, False, x)
+    triton_scan.backward(cell, inputs, x[:, 0], resets, None, False, x, x, inputs, x[:, 0])
     return found
 
 
