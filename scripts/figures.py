@@ -6,6 +6,7 @@ byte, under one version of matplotlib.
 """
 
 import json
+import math
 import textwrap
 from collections import defaultdict
 from pathlib import Path
@@ -235,7 +236,8 @@ def layers(table: str, profile: str, found: list[Entry]) -> Figure:
 
 def rates(found: list[Entry]) -> Figure:
     """The best validation of each model against the learning rate."""
-    rows, each = list(dict.fromkeys(entry.cell.row for entry in found)), 5  # of a panel
+    rows = list(dict.fromkeys(entry.cell.row for entry in found))
+    each = math.ceil(len(rows) / math.ceil(len(rows) / len(STYLES)))  # as many in each panel, as far as it goes
     panels = [rows[i : i + each] for i in range(0, len(rows), each)]
     figure = Figure(figsize=(2.6 * len(panels) + 0.6, 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -245,7 +247,7 @@ def rates(found: list[Entry]) -> Figure:
             done = [entry for entry in found if entry.cell.row == row and entry.done]
             ax.plot([float(e.cell.column) for e in done], [e.mean("best") for e in done], **style, label=row)
         ax.set(xscale="log")
-        ax.set_xticks(values, [f"{value:g}" for value in values])
+        ax.set_xticks(values, [f"{value:.0e}".replace("e-0", "e-") for value in values])
         ax.minorticks_off()
         head(ax, "", 2)
     metric = found[0].metric

@@ -73,9 +73,7 @@ def end_to_end(cell, lengths, D, dtype=torch.float32, device="cpu"):
 
 def assert_each_is_alone(cell, inputs, h0, resets, reverse, backend, weight, lengths, tolerance=0.0):
     """States and gradients of sequences that lie end to end are those of each by itself."""
-    whole = evaluate(
-        cell, inputs, h0, resets, reverse, backend, weight, torch.tensor([0, *lengths]).cumsum(0)
-    )  # fmt: skip
+    whole = evaluate(cell, inputs, h0, resets, reverse, backend, weight, torch.tensor([0, *lengths]).cumsum(0))
     parts = zip(*(x.split(lengths, 1) for x in (*inputs, weight)), strict=True)
     states = [None] * len(lengths) if h0 is None else h0.split(1)
     clear = [None] * len(lengths) if resets is None else resets.split(lengths, 1)

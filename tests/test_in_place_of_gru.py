@@ -104,9 +104,24 @@ def test_torch_func(layer):
     close(torch.vmap(loss_of, in_dims=(0, None))(ensemble, xs[0])[0], loss(xs[0]))
 
 
-def test_vmap_over_packed_sequences():
+def test_torch_func_of_packed_sequences():
     rnn = MinGRU(IN, H, bidirectional=True)
     first, second = packed([4, 1, 6]), packed([4, 1, 6])
+
+    def loss(rows):
+        out, h_n = rnn(PackedSequence(rows, *first[1:]))
+        return out.data.square().sum() + h_n.sum()
+
+    x = first.data.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(first.data), torch.autograd.grad(loss(x), x)[0])
+    hessian = torch.autograd.functional.hessian(loss, x)
+    torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(loss))(first.data), hessian)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative; use backend='reference'"):
+        torch.func.jvp(loss, (first.data,), (first.data,))
+    rnn.backend = "reference"
+    _, tangent = torch.func.jvp(loss, (first.data,), (first.data,))
+    torch.testing.assert_close(tangent, (torch.autograd.grad(loss(x), x)[0] * first.data).sum())
+    rnn.backend = "auto"
     rows = torch.stack([first.data, second.data])
     got = torch.vmap(lambda rows: rnn(PackedSequence(rows, *first[1:]))[1])(rows)
     torch.testing.assert_close(got, torch.stack([rnn(first)[1], rnn(second)[1]]))

@@ -11,8 +11,8 @@ from torch.autograd.forward_ad import unpack_dual
 
 from . import log_space, onnx_scan, reference
 from .cells import CELLS, LINEAR, Cell, coefficients
-from .library import below_autograd, define, is_transformed, load
 from .memory import empty
+from .operators import below_autograd, define, is_transformed, load
 
 BACKENDS = ("reference", "log", "cpu", "triton")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -359,8 +359,7 @@ def _composite_backward(cell, x0, x1, x2, h0, resets, cu_seqlens, reverse, backe
         starts, stops = steps[:1], steps[-1:]
         initial = (h.new_zeros(h.shape[0], h.shape[2]) if h0 is None else h0)[:, None][:, : h.shape[1]]
     else:
-        cu_seqlens_there = cu_seqlens.to(h.device)
-        starts, stops = cu_seqlens_there[:-1], cu_seqlens_there[1:] - 1
+        starts, stops = cu_seqlens[:-1].to(h.device), cu_seqlens[1:].to(h.device) - 1
         initial = (h.new_zeros(starts.shape[0], h.shape[2]) if h0 is None else h0)[None]
     first, last = (stops, starts) if reverse else (starts, stops)
     previous = _shift(h.to(compute), reverse).index_copy(1, first, initial.to(compute))

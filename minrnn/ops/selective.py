@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .library import below_autograd, define, is_transformed, load
 from .memory import empty
+from .operators import below_autograd, define, is_transformed, load
 from .scan import _empty_fake, _empty_like, _rows, is_autocast_enabled, resolve
 
 DTYPES = (torch.float64, torch.float32)

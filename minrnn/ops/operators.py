@@ -1,4 +1,4 @@
-"""Registration with torch: operators that tracing, compiling, exporting and autograd see as one step.
+"""Registration with torch as operators that tracing, compiling, exporting and autograd see as one step.
 
 By plain definitions, not by `torch.library.custom_op`, which loads torch's compiler (2 seconds) at the first call.
 """
