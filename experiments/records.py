@@ -49,9 +49,8 @@ def write_json(path: Path, value: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError, and RecordError for what is no JSON object of finite numbers."""
-    again = "remove it to have the run done again"
+def read_json(path: Path, again: str = "remove it to have the run done again") -> dict[str, Any]:
+    """Raises FileNotFoundError, and RecordError for what is no JSON object of finite numbers, with what to do."""
     try:
         found = json.loads(read_file(path, RecordError, MOST_BYTES).decode(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:

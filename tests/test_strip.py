@@ -13,6 +13,7 @@ import pytest
 from experiments import config, decision, launch, records
 from experiments.decision import data, strip
 from experiments.seeds import eval_seed
+from scripts import weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
 
@@ -144,8 +145,7 @@ def test_a_strip_of_a_run(arguments, tmp_path, capsys):
 
 def test_the_episode_is_the_evaluations(arguments):
     settings = strip.parse([*arguments, "target=40", "seed=3"])
-    cfg, dataset, policy = strip.load(settings)
-    _, positions, score = strip.play(settings, cfg, dataset, policy)
+    _, positions, score = strip.play(settings, strip.load(settings))
     with gymnasium.make("Hopper-v4") as env:
         env.reset(seed=eval_seed("test", 3))
         assert np.array_equal(positions[0], env.unwrapped.data.qpos)
@@ -156,13 +156,22 @@ def test_the_episode_is_the_evaluations(arguments):
     assert returns == pytest.approx(steps + way / 0.008, abs=3e-3 * steps)
 
 
+def test_a_policy_that_comes_with_the_repository_needs_no_dataset(trained, arguments, tmp_path, monkeypatch, capsys):
+    weights.main(["decision", *arguments])
+    monkeypatch.setenv("MINRNN_DATA", str(tmp_path))
+    strip.main([arguments[1], f"path={tmp_path / 'a.png'}"])
+    assert "mingru on local/hopper-random: asked for a score of 80" in capsys.readouterr().out
+    card = (trained[0] / "results/weights/decision-mingru/README.md").read_text()
+    assert "local/hopper-random" in card and "Score " in card
+
+
 def test_what_is_missing_is_said(trained, arguments, tmp_path, monkeypatch):
     folder, name = trained
     with pytest.raises(ValueError, match=f"run: no run '{name[:-1]}x' in .*; the nearest is {name}"):
         strip.main([f"run={name[:-1]}x", *arguments[1:]])
     with pytest.raises(ValueError, match="there is none: python -m experiments.decision makes one"):
         strip.main([arguments[0], f"results_dir={tmp_path}"])
-    with pytest.raises(ValueError, match=rf"there is no {tmp_path}/decision/{name}/000000010-\*.pt, .* do it again"):
+    with pytest.raises(ValueError, match=f"has a record, but no weights in {tmp_path}/decision/{name} .* do it again"):
         strip.main([*arguments[:2], f"output_dir={tmp_path}"])
     path = records.record_path(tmp_path, "decision", name)
     record = records.read_record(records.record_path(folder / "results", "decision", name))

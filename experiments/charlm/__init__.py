@@ -112,7 +112,7 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(inputs)[0].flatten(0, 1), targets.flatten())
 
 
-def evaluate(cfg: CharLM, text: Text, model: nn.Module, split: str) -> dict[str, float]:
+def metrics(cfg: CharLM, text: Text, model: nn.Module, split: str) -> dict[str, float]:
     if split == "test":
         more = {"estimate": estimated_loss(cfg, text, model)} if cfg.eval.whole else {}
         return {"loss": whole_loss(cfg, text.val, model)} | more
@@ -156,7 +156,7 @@ def task(cfg: CharLM, device: torch.device) -> engine.Task:
         model=model(cfg, len(text.vocabulary)).to(device),
         batch=lambda step: text.batch(text.train, cfg.train.batch_size, block, train_seed(cfg.seed, step)),
         loss=loss,
-        evaluate=partial(evaluate, cfg, text),
+        evaluate=partial(metrics, cfg, text),
         tokens=cfg.train.batch_size * block,
         select="loss",
         maximize=False,

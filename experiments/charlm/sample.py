@@ -1,41 +1,42 @@
 """Text from a trained character model, as it is made.
 
-    python -m experiments.charlm.sample run=<id> prompt="ROMEO:" tokens=500 temperature=0.8 top_k=20 --stats
+    python -m experiments.charlm.sample prompt="ROMEO:" tokens=500 temperature=0.8 top_k=20 --stats
+    python -m experiments.charlm.sample run=<id>
 
+Without `run` the weights are those that come with the repository, of `model` (results/weights/charlm-*).
 The prompt is read in parallel, then one character follows another: a recurrent model carries its state (and its
 convolution's window), of the same size however long the text gets; a Transformer keeps keys and values, and when its
 learned positions are used up it reads the later half of them again, at the first positions.
 """
 
-import difflib
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minrnn.mixers import make
 from minrnn.mixers.base import state_map
 from minrnn.models import TokenModel
 
-from .. import checkpoints, records
-from ..config import typed
+from .. import records, trained
 from ..launch import settings_of
+from . import model
 
 
 @dataclass
 class Settings:
     run: str = ""
+    model: str = "mingru"  # of the weights that come with the repository, where there is no run
     prompt: str = ""  # empty: a line end, or the first of the text's characters where it has none
     tokens: int = 500
     temperature: float = 0.8  # 0 takes the likeliest
     top_k: int = 0  # choose among so many; 0: all
     seed: int = 0
-    weights: str = "best"  # or last
+    weights: str = "best"  # or last, of a run
     results_dir: str = "results"
     output_dir: str = "outputs"
     device: str = "cpu"
@@ -46,39 +47,36 @@ class Settings:
                 "expected tokens >= 1, temperature >= 0 and top_k >= 0, "
                 f"got {self.tokens}, {self.temperature} and {self.top_k}"
             )
-        if self.weights not in ("best", "last"):
-            raise ValueError(f"weights: expected 'best' or 'last', got {self.weights!r}")
-        try:
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device: {self.device!r} cannot be used here ({str(error).splitlines()[0]})") from None
+        check(self)
+
+
+def check(settings: Any) -> None:
+    """Of `weights` and `device`."""
+    if settings.weights not in ("best", "last"):
+        raise ValueError(f"weights: expected 'best' or 'last', got {settings.weights!r}")
+    try:
+        torch.zeros(1, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {settings.device!r} cannot be used here ({str(error).splitlines()[0]})") from None
 
 
 parse = partial(settings_of, Settings)
 
 
 def load(settings: Settings) -> tuple[TokenModel, str]:
-    """The run's model and its vocabulary."""
-    record = records.read_record(records.record_path(settings.results_dir, "charlm", settings.run))
-    if record is None:
-        known = [path.parent.name for path in (Path(settings.results_dir) / "runs/charlm").glob("*/record.json")]
-        near = difflib.get_close_matches(settings.run, known, n=1, cutoff=0)
-        hint = f"the nearest is {near[0]}" if near else "there is none: python -m experiments.charlm makes one"
-        raise ValueError(f"run: no run {settings.run!r} in {settings.results_dir}/runs/charlm; {hint}")
-    cfg = typed(record["config"])
-    saved = checkpoints.load(
-        records.work_dir(settings.output_dir, "charlm", settings.run), settings.device, {"run_id": settings.run}
-    )
-    if saved is None:
-        raise ValueError(
-            f"run: {settings.run} has a record, but no weights in {settings.output_dir} (they stay where it was run); "
-            f"give output_dir=, or do it again: python -m experiments.charlm results_dir=mine output_dir=mine ..."
+    """The model and its vocabulary."""
+    found = find(settings)
+    vocabulary = found.facts["vocabulary"]
+    return found.fill(model(found.cfg, len(vocabulary)).to(settings.device)), vocabulary
+
+
+def find(settings: Any) -> trained.Trained:
+    """What `run` or `model` names, of any settings that have these."""
+    if settings.run:
+        return trained.of_run(
+            "charlm", settings.run, settings.weights, settings.results_dir, settings.output_dir, settings.device
         )
-    vocabulary, block = record["facts"]["vocabulary"], cfg.data.block_size
-    vocab = len(vocabulary)
-    model = TokenModel(vocab, vocab, mixer=make(**cfg.model.mixer(block)), **cfg.model.backbone(block))
-    model.load_state_dict(saved["best_weights" if settings.weights == "best" else "model"])
-    return model.to(settings.device).eval(), vocabulary
+    return trained.shipped("charlm", settings.model, settings.results_dir, settings.device)
 
 
 @torch.inference_mode()
@@ -127,7 +125,7 @@ def main(arguments: list[str]) -> None:
     stats = "--stats" in arguments
     settings = parse([argument for argument in arguments if argument != "--stats"])
     torch.set_num_threads(1)  # one token's matrices are too small to share
-    model, vocabulary = load(settings)
+    net, vocabulary = load(settings)
     text = settings.prompt or ("\n" if "\n" in vocabulary else vocabulary[0])
     unknown = sorted(set(text) - set(vocabulary))
     if unknown:
@@ -135,7 +133,7 @@ def main(arguments: list[str]) -> None:
     prompt = torch.tensor([vocabulary.index(character) for character in text], device=settings.device)
     print(text, end="", flush=True)
     began, size, first = time.perf_counter(), 0, 0.0
-    for token, state in generate(model, prompt, settings):
+    for token, state in generate(net, prompt, settings):
         first = first or time.perf_counter()
         print(vocabulary[token], end="", flush=True)
         size = max(size, state_bytes(state)) if stats else 0
@@ -152,7 +150,7 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, records.Refusal) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,12 +1,13 @@
 """One episode of a trained policy as a strip of frames, in a PNG; without OpenGL, which servers lack.
 
-    python -m experiments.decision.strip run=<id> target=80 seed=0 frames=12 path=strip.png
+    python -m experiments.decision.strip target=80 seed=0 frames=12 path=strip.png
+    python -m experiments.decision.strip run=<id>
 
+Without `run` the policy is the one that comes with the repository, of `model` (results/weights/decision-*).
 The frames are spread evenly from the first moment to the last, or come `every` so many steps from the first one on.
 Each shows MuJoCo's capsules from the side, where they are, under it the step and how far the robot has come by then.
 """
 
-import difflib
 import math
 import sys
 from dataclasses import dataclass, fields
@@ -19,11 +20,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
+from torch import Tensor
 
 from minrnn.models import DecisionModel
 
-from .. import checkpoints, records
-from ..config import Decision, typed
+from .. import records, trained
+from ..config import Decision
 from ..launch import settings_of
 from ..seeds import QUARTER, eval_seed
 from . import data, model
@@ -36,6 +38,7 @@ ROUND = np.linspace(-math.pi / 2, math.pi / 2, 16)  # half a circle
 @dataclass
 class Settings:
     run: str = ""
+    model: str = "mingru"  # of the policy that comes with the repository, where there is no run
     target: float = 80  # the score that is asked for
     seed: int = 0  # of the episode's beginning, among those of the test episodes
     frames: int = 12
@@ -57,47 +60,44 @@ class Settings:
 parse = partial(settings_of, Settings)
 
 
-def load(settings: Settings) -> tuple[Decision, data.Dataset, DecisionModel]:
-    """The run's configuration, the data that it was trained on, and the model with its last weights."""
-    path = records.record_path(settings.results_dir, "decision", settings.run)
-    record = records.read_record(path)
-    if record is None:
-        known = [each.parent.name for each in (Path(settings.results_dir) / "runs/decision").glob("*/record.json")]
-        near = difflib.get_close_matches(settings.run, known, n=1, cutoff=0)
-        hint = f"the nearest is {near[0]}" if near else "there is none: python -m experiments.decision makes one"
-        raise ValueError(f"run: no run {settings.run!r} in {settings.results_dir}/runs/decision; {hint}")
-    if record["status"] != "done":
-        raise ValueError(f"run: expected one that is done, {settings.run} is {record['status']} ({record['reason']})")
-    cfg = typed(record["config"])
-    folder = records.work_dir(settings.output_dir, "decision", settings.run)
-    saved = checkpoints.load(folder, "cpu", {"run_id": folder.name})
-    if saved is None:
-        raise ValueError(
-            f"run: {settings.run} has a record, but there is no {folder}/{cfg.train.steps:09d}-*.pt, its weights (they "
-            f"stay where it was run); give output_dir=, or do it again with the settings that {path} holds: "
-            "python -m experiments.decision results_dir=mine output_dir=mine ..."
-        )
-    if saved["state"]["step"] != record["steps"]:
-        raise ValueError(
-            f"run: the weights in {folder} are those after step {saved['state']['step']}, the record is of "
-            f"{record['steps']}: the run was finished elsewhere; give its output_dir="
-        )
-    dataset = data.read(data.find(cfg.data.dataset), cfg.data.dataset)
-    if dataset.sha256 != record["facts"]["dataset_sha256"]:  # the policy's inputs are normalised by it
-        raise ValueError(
-            f"data.dataset: {settings.run} was trained on another {cfg.data.dataset}: expected sha256 "
-            f"{record['facts']['dataset_sha256']}, got {dataset.sha256}"
-        )
-    policy = model(cfg, dataset.observations.shape[1], dataset.actions.shape[1])
-    policy.load_state_dict(saved["model"])
-    return cfg, dataset, policy.eval()
+@dataclass
+class Policy:
+    """Attributes:
+    mean, std: (S,) float32, by which states are normalised.
+    """
+
+    cfg: Decision
+    model: DecisionModel
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def env(self) -> str:
+        return data.split_name(self.cfg.data.dataset)[1]
 
 
-def play(
-    settings: Settings, cfg: Decision, dataset: data.Dataset, policy: DecisionModel
-) -> tuple[Any, np.ndarray, float]:
+def load(settings: Settings) -> Policy:
+    """The one that `run`, its last weights, or `model` names."""
+    if settings.run:
+        found = trained.of_run("decision", settings.run, "last", settings.results_dir, settings.output_dir)
+        name = found.cfg.data.dataset
+        dataset = data.read(data.find(name), name)
+        if dataset.sha256 != found.facts["dataset_sha256"]:  # the policy's inputs are normalised by it
+            raise ValueError(
+                f"data.dataset: {settings.run} was trained on another {name}: expected sha256 "
+                f"{found.facts['dataset_sha256']}, got {dataset.sha256}"
+            )
+        mean, std = dataset.mean, dataset.std
+    else:
+        found = trained.shipped("decision", settings.model, settings.results_dir)
+        mean, std = found.facts["state_mean"], found.facts["state_std"]
+    sizes = data.ENVIRONMENTS[data.split_name(found.cfg.data.dataset)[1]].sizes
+    return Policy(found.cfg, found.fill(model(found.cfg, *sizes)), torch.as_tensor(mean), torch.as_tensor(std))
+
+
+def play(settings: Settings, policy: Policy) -> tuple[Any, np.ndarray, float]:
     """MuJoCo's model, the positions of its joints, (steps + 1, joints), and the score."""
-    environment = data.ENVIRONMENTS[dataset.env]
+    environment = data.ENVIRONMENTS[policy.env]
     low, high = environment.reference
     simulated, positions = [], []
 
@@ -106,11 +106,11 @@ def play(
         positions.append(envs[0].unwrapped.data.qpos.copy())
 
     returns, _ = rollout(
-        policy, environment.id, *(torch.as_tensor(x) for x in (dataset.mean, dataset.std)),
+        policy.model, environment.id, policy.mean, policy.std,
         np.array([low + settings.target / 100 * (high - low)]), np.array([eval_seed("test", settings.seed)]),
-        cfg.eval.context_length, cfg.data.padding == "left", record,
+        policy.cfg.eval.context_length, policy.cfg.data.padding == "left", record,
     )  # fmt: skip
-    return simulated[0], np.stack(positions), data.normalized(dataset.env, returns[0].item())
+    return simulated[0], np.stack(positions), data.normalized(policy.env, returns[0].item())
 
 
 def chosen(steps: int, frames: int, every: int) -> np.ndarray:
@@ -185,10 +185,10 @@ def main(arguments: list[str]) -> None:
         return
     settings = parse(arguments)
     torch.set_num_threads(1)  # one episode's matrices are too small to share
-    cfg, dataset, policy = load(settings)
-    simulated, positions, score = play(settings, cfg, dataset, policy)
+    policy = load(settings)
+    simulated, positions, score = play(settings, policy)
     title = (
-        f"{cfg.model.name} on {dataset.name}: asked for a score of {settings.target:g}, "
+        f"{policy.cfg.model.name} on {policy.cfg.data.dataset}: asked for a score of {settings.target:g}, "
         f"got {score:.1f} in {len(positions) - 1} steps"
     )
     steps = chosen(len(positions) - 1, settings.frames, settings.every)
@@ -199,5 +199,5 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, data.DataError, OSError) as error:
+    except (ValueError, records.Refusal, OSError) as error:
         sys.exit(f"error: {error}")

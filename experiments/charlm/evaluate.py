@@ -1,0 +1,67 @@
+"""The loss of a trained character model on the whole validation text, beside the one that is stated of it.
+
+    python -m experiments.charlm.evaluate model=transformer
+    python -m experiments.charlm.evaluate run=<id> weights=last
+
+Without `run` the weights are those that come with the repository, of `model` (results/weights/charlm-*).
+"""
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+
+from .. import records
+from ..launch import settings_of
+from . import model, read, sample, whole_loss
+
+
+@dataclass
+class Settings:
+    run: str = ""
+    model: str = "mingru"  # of the weights that come with the repository, where there is no run
+    weights: str = "best"  # or last, of a run
+    path: str = ""  # of the text, where it is not found by itself
+    results_dir: str = "results"
+    output_dir: str = "outputs"
+    device: str = "cpu"
+
+    def __post_init__(self):
+        sample.check(self)
+
+
+parse = partial(settings_of, Settings)
+
+
+def main(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__, *(f"    {f.name}={f.default!r}" for f in fields(Settings)), sep="\n")
+        return
+    settings = parse(arguments)
+    found = sample.find(settings)
+    cfg = found.cfg
+    if settings.path:
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=settings.path))
+    text = read(cfg, settings.device)
+    if text.vocabulary != found.facts["vocabulary"]:
+        raise ValueError(f"path: {found.file} was trained on another text: its characters differ")
+    net = found.fill(model(cfg, len(text.vocabulary)).to(settings.device))
+    with torch.inference_mode():
+        loss = whole_loss(cfg, text.val, net)
+    stated = found.stated["test_loss"]
+    print(
+        f"{loss:.4f} nats per character ({loss / math.log(2):.4f} bits) over the {len(text.val) - 1:,} of the "
+        f"validation text; {stated:.4f} is stated of {found.file}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, records.Refusal) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,145 @@
+"""Makes weights that come with the repository of a run's checkpoint: `python -m scripts.weights charlm run=<id>`.
+
+Writes results/weights/<experiment>-<model>/: model.safetensors in half precision, config.json and the model card. The
+losses in it are those of the weights as they are written; the run's own stand beside them. A policy's scores stay the
+run's, whose episodes cost minutes, and are said to be.
+"""
+
+import hashlib
+import sys
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from experiments import charlm, decision, records, trained
+from experiments.config import run_id
+from experiments.launch import settings_of
+from experiments.records import read_record, record_path
+
+EXPERIMENTS = ("charlm", "decision")
+
+
+@dataclass
+class Settings:
+    run: str = ""
+    name: str = ""  # of the folder, after the experiment; empty: the model's
+    results_dir: str = "results"
+    output_dir: str = "outputs"
+
+    def __post_init__(self):
+        if not self.run:
+            raise ValueError("run: expected a run's id")
+
+
+def of_text(found: trained.Trained) -> dict[str, Any]:
+    """Facts and metrics of a character model."""
+    text = charlm.read(found.cfg, "cpu")
+    model = found.fill(charlm.model(found.cfg, len(text.vocabulary)))
+    with torch.inference_mode():
+        return {"facts": found.facts, "metrics": {"test_loss": charlm.whole_loss(found.cfg, text.val, model)}}
+
+
+def of_policy(found: trained.Trained) -> dict[str, Any]:
+    """Facts and metrics of a policy."""
+    name = found.cfg.data.dataset
+    dataset = decision.data.read(decision.data.find(name), name)
+    if dataset.sha256 != found.facts["dataset_sha256"]:
+        raise ValueError(f"{name}: expected sha256 {found.facts['dataset_sha256']}, got {dataset.sha256}")
+    normal = {"state_mean": dataset.mean.tolist(), "state_std": dataset.std.tolist()}
+    scores = {key: value for key, value in found.stated.items() if key.startswith("test_")}
+    return {"facts": found.facts | normal, "metrics": scores}
+
+
+def card(config: dict[str, Any], record: dict[str, Any]) -> str:
+    """README.md, with the front matter that the Hub reads."""
+    experiment, metrics, settings = config["config"]["experiment"], config["metrics"], record["config"]
+    title = f"{settings['model']['name']}, {experiment}, profile {record['profile']}"
+    if experiment == "charlm":
+        data = f"the first 90 % of Tiny Shakespeare ({config['facts']['characters']:,} characters in all)"
+        result = (
+            f"Loss {metrics['test_loss']:.4f} nats per character on the whole validation text (the last 10 %), in "
+            f"blocks of {settings['data']['block_size']}; {record['metrics'][config['weights']]['test_loss']:.4f} "
+            "before rounding to half precision. The step was chosen by this text: there is no third part."
+        )
+        commands = (
+            f'python -m experiments.charlm.sample model={config["name"]} prompt="ROMEO:"\n'
+            f"python -m experiments.charlm.evaluate model={config['name']}"
+        )
+        limits = "It writes text in Shakespeare's manner, without sense, for study of the model."
+    else:
+        data = f"{settings['data']['dataset']}: {config['facts']['dataset'].get('source', 'D4RL')}"
+        result = (
+            f"Score {metrics['test_score']:.1f} (D4RL's normalisation, mean of {settings['eval']['episodes']} test "
+            "episodes), measured before rounding to half precision."
+        )
+        commands = f"python -m experiments.decision.strip model={config['name']} target=80"
+        limits = "It moves one simulated robot; scores of single policies differ by several points between seeds."
+    train = settings["train"]
+    return f"""---
+license: mit
+library_name: minrnn
+---
+# {title}
+
+{result}
+
+- Data: {data}.
+- Training: {record["steps"]} of {train["steps"]} steps, weights of step {record["metrics"][config["weights"]]["step"]};
+  batch {train["batch_size"]}, learning rate {train["learning_rate"]:g}, seed {record["seed"]}; all settings are in
+  config.json. {record["parameters"]:,} parameters.
+- Run {record["run_id"]} of `results/runs/{experiment}`, commit {record["git"]["commit"]}, on
+  {record["hardware"]["cpu"]}, torch {record["versions"]["torch"]}.
+- Limits: {limits}
+
+```bash
+{commands}
+```
+"""
+
+
+def export(experiment: str, settings: Settings) -> Path:
+    """The folder that was written."""
+    which = "best" if experiment == "charlm" else "last"
+    found = trained.of_run(experiment, settings.run, which, settings.results_dir, settings.output_dir)
+    record = read_record(record_path(settings.results_dir, experiment, settings.run))
+    found.weights = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).clone().contiguous()
+        for name, tensor in found.weights.items()
+    }
+    content = safetensors.torch.save(found.weights)
+    name = settings.name or found.cfg.model.name
+    config = {
+        "run_id": run_id(record["config"]),
+        "name": name,
+        "weights": which,
+        "config": record["config"],
+        **(of_text if experiment == "charlm" else of_policy)(found),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    folder = Path(settings.results_dir) / "weights" / f"{experiment}-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes(content)
+    (folder / "README.md").write_text(card(config, record))
+    records.write_json(folder / "config.json", config)
+    return folder
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__, *(f"    {f.name}={f.default!r}" for f in fields(Settings)), sep="\n")
+        return
+    if arguments[0] not in EXPERIMENTS:
+        raise ValueError(f"expected one of {', '.join(EXPERIMENTS)} first, got {arguments[0]!r}")
+    folder = export(arguments[0], partial(settings_of, Settings)(arguments[1:]))
+    print(f"{folder}: {(folder / 'model.safetensors').stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, records.Refusal, OSError) as error:
+        sys.exit(f"error: {error}")
