@@ -9,7 +9,6 @@ import argparse
 import csv
 import io
 import math
-import os
 import re
 import statistics
 import sys
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import renew_readme
+from experiments import files
 from experiments.config import PROFILES, run_id
-from experiments.records import MOST_BYTES, RecordError, read_file, read_records
+from experiments.records import MOST_BYTES, RecordError, read_records
 from scripts import efficiency
 from scripts.plan import CELLS, CHOICE_SEED, METRICS, TABLES, Cell, Metric, Table
 
@@ -106,7 +106,7 @@ def read_paper(path: Path = PAPER) -> dict[tuple[str, str, str, str], Published]
     Raises RecordError: the file lacks something, or a line is not what it should be; the text names both.
     """
     try:
-        lines = list(csv.DictReader(io.StringIO(read_file(path, RecordError, MOST_BYTES).decode()), strict=True))
+        lines = list(csv.DictReader(io.StringIO(files.read(path, RecordError, MOST_BYTES).decode()), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RecordError(f"{path}: expected a table of published values ({error}); `git checkout` it") from error
     found: dict[tuple[str, str, str, str], Published] = {}
@@ -377,10 +377,7 @@ def write(path: Path, content: str) -> None:
     """Whole or not at all, and only where it differs: several planners renew the same files."""
     if path.exists() and path.read_text() == content:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(content)
-    temporary.replace(path)
+    files.write(path, content)
 
 
 def measured_tables(records: Records, paper: Path = PAPER) -> Iterator[tuple[str, str, list[Entry]]]:
