@@ -7,26 +7,23 @@ with the numbers of one that was not (bit for bit on a CPU with the same number 
 import contextlib
 import copy
 import dataclasses
-import gc
 import math
 import os
-import signal
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minrnn.models import parameter_groups
 
-from . import checkpoints, files, machine, records, tracking
+from . import checkpoints, files, machine, processes, records, tracking
 from .config import Run, Train, run_id
 from .seeds import noise_seed
 
@@ -81,12 +78,15 @@ def execute(cfg: Run, build: Callable[[Run, torch.device], Task]) -> str:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = run_id(dataclasses.asdict(cfg))
     path = records.record_path(cfg.results_dir, cfg.experiment, name)
-    device = device_of(cfg)
+    device = processes.device_of(cfg)
     if (outcome := _final(path)) and world == 1:  # of a folder that cannot be written too
         _say(rank, f"{cfg.experiment} {name}: {outcome} already, see {path}")
         return outcome
-    with files.claim(path.parent) if rank == 0 else contextlib.nullcontext() as mine, _processes(cfg, device, world):
-        outcome = _from_first(_final(path) or (None if mine else "busy"), world)
+    with (
+        files.claim(path.parent) if rank == 0 else contextlib.nullcontext() as mine,
+        processes.group(cfg, device, world),
+    ):
+        outcome = processes.from_first(_final(path) or (None if mine else "busy"), world)
         if outcome == "busy":
             _say(rank, f"{cfg.experiment} {name}: another process is at it (it holds {path.parent / '.lock'})")
         elif outcome is not None:
@@ -125,7 +125,7 @@ def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world
         except ValueError as error:  # settings that do not go together
             raise SettingError(error) from error
         record |= {"facts": task.facts} if task.facts else {}
-        state = _train(cfg, task, name, folder, device, rank, world)
+        state = _Training(cfg, task, name, folder, device, rank, world).run()
         outcome = {"status": "done", "reason": None, "metrics": {"last": state.last, "best": state.best}}
     except Paused as stop:
         text, outcome = stop.args
@@ -243,115 +243,137 @@ class Trainer:
         self.scaler.load_state_dict(saved["scaler"])
 
 
-def _train(cfg: Run, task: Task, name: str, folder: Path, device: torch.device, rank: int, world: int) -> _State:
-    raw, train, steps = task.model, cfg.train, cfg.train.steps
-    trainer = Trainer(raw, train, cfg.micro_batches, cfg.compile, world)
+class _Training:
+    """A run's steps, evaluations and checkpoints, from wherever its last checkpoint left it."""
 
-    state, best_weights = _State(parameters=sum(p.numel() for p in raw.parameters())), None
-    if rank == 0:
-        checkpoints.clean(folder)
-    _from_first(None, world)  # the others look only now
-    # The data too: with another file under the same name a record would name one and be trained on both.
-    belongs_to = {"run_id": name} | {key: task.facts[key] for key in DATA_FACTS if key in task.facts}
-    saved = checkpoints.load(folder, device, belongs_to, steps)
-    if saved is not None:
-        trainer.load_state_dict(saved)
-        state, best_weights = _State(**saved["state"]), saved["best_weights"]
-    del saved
+    def __init__(self, cfg: Run, task: Task, name: str, folder: Path, device: torch.device, rank: int, world: int):
+        self.cfg, self.task, self.folder, self.device, self.rank, self.world = cfg, task, folder, device, rank, world
+        self.trainer = Trainer(task.model, cfg.train, cfg.micro_batches, cfg.compile, world)
+        self.state = _State(parameters=sum(p.numel() for p in task.model.parameters()))
+        self.best_weights: dict[str, Tensor] | None = None
+        # The data too: with another file under the same name a record would name one and be trained on both.
+        self.belongs_to = {"run_id": name} | {key: task.facts[key] for key in DATA_FACTS if key in task.facts}
+        self._resume()
+        self.log = tracking.start(cfg, name) if rank == 0 else tracking.Tracker()
+        self.progress = _Progress(cfg, folder, self.state.step, rank)
 
-    def save(needed: bool) -> None:
-        """Where none is needed, a disk that is full for a while ends no run."""
-        if rank == 0:
-            parts = {"state": dataclasses.asdict(state), "best_weights": best_weights}
-            try:
-                checkpoints.save(folder, state.step, trainer.state_dict() | parts, belongs_to)
-            except (OSError, RuntimeError) as error:  # torch's writer has RuntimeError for a full disk
-                if needed:
-                    raise
-                warnings.warn(f"{folder}: no checkpoint at step {state.step} ({error}); the run goes on", stacklevel=2)
+    def _resume(self) -> None:
+        if self.rank == 0:
+            checkpoints.clean(self.folder)
+        processes.from_first(None, self.world)  # the others look only now
+        saved = checkpoints.load(self.folder, self.device, self.belongs_to, self.cfg.train.steps)
+        if saved is not None:
+            self.trainer.load_state_dict(saved)
+            self.state, self.best_weights = _State(**saved["state"]), saved["best_weights"]
 
-    def evaluate(split: str, function: Callable = task.evaluate) -> dict[str, float]:
-        """On the first process, for all."""
-        values = {}
-        if rank == 0:
-            raw.eval()
-            with torch.inference_mode(), trainer.autocast():
-                values = {f"{split}_{key}": float(value) for key, value in function(raw, split).items()}
-            raw.train()
-        return _from_first(values, world)
+    def run(self) -> _State:
+        """Raises Paused and Diverged."""
+        with processes.stop_signals() as stop, self.log, self.progress:
+            self._steps(stop)
+            self._save(needed=False)
+            self._test()
+            self.state.seconds = time.monotonic() - self.began
+            self.log.finish(self.state.last, self.state.best)
+        return self.state
 
-    def check(values: dict[str, float]) -> None:
-        for key, value in values.items():
-            if not math.isfinite(value):
-                raise Diverged(f"{key} was {value} at step {state.step}", state)
-
-    log_every = max(1, min(50, steps // 200))
-    batch = train.batch_size // (cfg.micro_batches * world)
-    log = tracking.start(cfg, name) if rank == 0 else tracking.Tracker()
-    progress = _Progress(cfg, folder, state.step, rank)
-    deadline = math.inf if cfg.budget is None else time.monotonic() + cfg.budget
-    began, clock = time.monotonic() - state.seconds, time.perf_counter()
-    saved_at, total = time.monotonic(), torch.full((), state.loss_sum, device=device)
-    raw.train()
-    with stop_signals() as stop, log, progress:
+    def _steps(self, stop: Any) -> None:
+        cfg, state, train, steps = self.cfg, self.state, self.cfg.train, self.cfg.train.steps
+        log_every = max(1, min(50, steps // 200))
+        batch = train.batch_size // (cfg.micro_batches * self.world)
+        deadline = math.inf if cfg.budget is None else time.monotonic() + cfg.budget
+        self.began, clock = time.monotonic() - state.seconds, time.perf_counter()
+        saved_at, total = time.monotonic(), torch.full((), state.loss_sum, device=self.device)
+        self.task.model.train()
         while state.step < steps and not (train.patience and state.since_best >= train.patience):
-            torch.manual_seed(noise_seed(cfg.seed, state.step, rank))
-            parts = [part.split(batch)[rank::world] for part in task.batch(state.step)]
-            total += trainer.step(state.step, task.loss, zip(*parts, strict=True))
+            torch.manual_seed(noise_seed(cfg.seed, state.step, self.rank))
+            parts = [part.split(batch)[self.rank :: self.world] for part in self.task.batch(state.step)]
+            total += self.trainer.step(state.step, self.task.loss, zip(*parts, strict=True))
             state.step += 1
-            state.tokens += task.tokens
+            state.tokens += self.task.tokens
 
             evaluating = state.step % cfg.eval.interval == 0 or state.step == steps
             logging = evaluating or state.step % log_every == 0
             over = stop.is_set or time.monotonic() > deadline
-            if not logging and (world > 1 or not over):
+            if not logging and (self.world > 1 or not over):
                 continue
             # From here on the host waits for the device.
-            state.seconds = time.monotonic() - began
+            state.seconds = time.monotonic() - self.began
             state.train_seconds += time.perf_counter() - clock
             if logging:
-                mean = _mean(total, world) / (state.step - state.loss_since)
+                self._log(processes.mean(total, self.world), evaluating)
                 total.zero_()
-                state.loss_since = state.step
-                values = {"train_loss": mean} | (evaluate("val") if evaluating else {})
-                check(values)
-                if evaluating:
-                    state.last = {"step": state.step} | {k: v for k, v in values.items() if k != "train_loss"}
-                    value, best = (v.get(f"val_{task.select}") for v in (values, state.best))
-                    state.since_best += 1
-                    if best is None or (value > best if task.maximize else value < best):
-                        state.best, state.since_best = dict(state.last), 0
-                        best_weights = copy.deepcopy(raw.state_dict())
-                state.add(values)
-                log.log(
-                    state.step,
-                    values | {"learning_rate": trainer.optimizer.param_groups[0]["lr"], "tokens": state.tokens},
-                )
-                progress.show(state.step, values)
-            over, due = _from_first((over, time.monotonic() - saved_at > cfg.checkpoint_every), world)
+            due = time.monotonic() - saved_at > cfg.checkpoint_every
+            over, due = processes.from_first((over, due), self.world)
             if over or due:
                 state.loss_sum = total.item()
-                save(needed=over)
+                self._save(needed=over)
                 saved_at = time.monotonic()
             if over and state.step < steps:
                 text = "told to stop" if stop.is_set else "out of budget"
-                outcome = "stopped" if stop.is_set else "paused"
-                raise Paused(f"{text} at step {state.step} of {steps}", outcome)
+                raise Paused(f"{text} at step {state.step} of {steps}", "stopped" if stop.is_set else "paused")
             clock = time.perf_counter()
-        save(needed=False)
-        values = evaluate("test")
-        state.last |= values | evaluate("test", task.evaluate_last)
-        check(state.last)
+
+    def _log(self, loss_sum: float, evaluating: bool) -> None:
+        """The loss since the last call, and an evaluation, which may be a new best."""
+        state = self.state
+        values = {"train_loss": loss_sum / (state.step - state.loss_since)}
+        state.loss_since = state.step
+        if evaluating:
+            values |= self._evaluate("val", self.task.evaluate)
+        self._check(values)
+        if evaluating:
+            state.last = {"step": state.step} | {k: v for k, v in values.items() if k != "train_loss"}
+            value, best = (v.get(f"val_{self.task.select}") for v in (values, state.best))
+            state.since_best += 1
+            if best is None or (value > best if self.task.maximize else value < best):
+                state.best, state.since_best = dict(state.last), 0
+                self.best_weights = copy.deepcopy(self.task.model.state_dict())
+        state.add(values)
+        rate = self.trainer.optimizer.param_groups[0]["lr"]
+        self.log.log(state.step, values | {"learning_rate": rate, "tokens": state.tokens})
+        self.progress.show(state.step, values)
+
+    def _test(self) -> None:
+        """Of the last weights and of the best."""
+        state, model = self.state, self.task.model
+        values = self._evaluate("test", self.task.evaluate)
+        state.last |= values | self._evaluate("test", self.task.evaluate_last)
+        self._check(state.last)
         if state.best["step"] != state.last["step"]:
-            weights = copy.deepcopy(raw.state_dict())
-            raw.load_state_dict(best_weights)
-            values = evaluate("test")
-            raw.load_state_dict(weights)
+            weights = copy.deepcopy(model.state_dict())
+            model.load_state_dict(self.best_weights)
+            values = self._evaluate("test", self.task.evaluate)
+            model.load_state_dict(weights)
         state.best |= values
-        check(state.best)
-        state.seconds = time.monotonic() - began
-        log.finish(state.last, state.best)
-    return state
+        self._check(state.best)
+
+    def _evaluate(self, split: str, function: Callable) -> dict[str, float]:
+        """On the first process, for all."""
+        values = {}
+        if self.rank == 0:
+            self.task.model.eval()
+            with torch.inference_mode(), self.trainer.autocast():
+                values = {f"{split}_{key}": float(value) for key, value in function(self.task.model, split).items()}
+            self.task.model.train()
+        return processes.from_first(values, self.world)
+
+    def _check(self, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            if not math.isfinite(value):
+                raise Diverged(f"{key} was {value} at step {self.state.step}", self.state)
+
+    def _save(self, needed: bool) -> None:
+        """Where none is needed, a disk that is full for a while ends no run."""
+        if self.rank > 0:
+            return
+        parts = {"state": dataclasses.asdict(self.state), "best_weights": self.best_weights}
+        try:
+            checkpoints.save(self.folder, self.state.step, self.trainer.state_dict() | parts, self.belongs_to)
+        except (OSError, RuntimeError) as error:  # torch's writer has RuntimeError for a full disk
+            if needed:
+                raise
+            text = f"{self.folder}: no checkpoint at step {self.state.step} ({error}); the run goes on"
+            warnings.warn(text, stacklevel=2)
 
 
 def lr_factor(train: Any, step: int) -> float:
@@ -363,84 +385,6 @@ def lr_factor(train: Any, step: int) -> float:
     progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
     low = train.min_lr / train.learning_rate
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def device_of(cfg: Run) -> torch.device:
-    """This process's, set as the current one; and the number of threads."""
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-    name = cfg.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device: expected one that is here, got {cfg.device!r} without a CUDA GPU")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats()
-    return device
-
-
-@contextlib.contextmanager
-def _processes(cfg: Run, device: torch.device, world: int) -> Iterator[None]:
-    """The group of processes that torchrun started."""
-    if world == 1:
-        yield
-        return
-    if cfg.train.batch_size % (cfg.micro_batches * world):
-        raise ValueError(
-            f"train.batch_size: expected a multiple of micro_batches={cfg.micro_batches} times {world} processes, "
-            f"got {cfg.train.batch_size}"
-        )
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        # What still refers to the group, such as DistributedDataParallel in a cycle, would else be freed after the
-        # interpreter, where gloo's threads abort the process.
-        gc.collect()
-        dist.destroy_process_group()
-
-
-def _from_first(value: Any, world: int) -> Any:
-    """The first process's value, in all of them."""
-    if world == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
-
-
-def _mean(total: Tensor, world: int) -> float:
-    """Over the processes."""
-    if world > 1:
-        dist.all_reduce(total)
-    return total.item() / world
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Any]:
-    """SIGTERM and SIGINT ask for a stop at the next checkpoint; a second SIGINT stops at once."""
-
-    class Stop:
-        is_set = False
-
-    def ask(number, frame):
-        if Stop.is_set and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        Stop.is_set = True
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread, which alone may set handlers
-        yield Stop
-        return
-    try:
-        yield Stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Progress:

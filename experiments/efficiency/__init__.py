@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from tqdm import tqdm
 
-from .. import cost, engine, files, machine, records
+from .. import cost, files, machine, processes, records
 from ..config import Efficiency, EfficiencyData, run_id
 from . import memory
 from .layers import Layer, available, check
@@ -48,7 +48,7 @@ Point = dict[str, Any]
 
 def run(cfg: Efficiency) -> str:
     """Does a part unless this machine has its record. Returns "done", "paused", "stopped" or "busy"."""
-    device = engine.device_of(cfg)
+    device = processes.device_of(cfg)
     here = machine_name(device)
     if cfg.data.machine not in (None, here):
         raise ValueError(f"data.machine: expected none, it is found; got {cfg.data.machine!r}, this is {here!r}")
@@ -79,7 +79,7 @@ def run(cfg: Efficiency) -> str:
             "hardware": machine.hardware(device.type),
             "started": began,
         }
-        with engine.stop_signals() as stop:
+        with processes.stop_signals() as stop:
             made_with = {key: record[key] for key in ("git", "versions", "hardware")}
             found = measure(cfg, device, Kept(folder, made_with), lambda: _why_stop(cfg, stop))
         if isinstance(found, str):
