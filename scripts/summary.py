@@ -185,20 +185,15 @@ def reproduction(results_dir: str | Path, paper: Path = PAPER) -> str:
         lines.append(trained("charlm", row, "loss", claim, "character model", records, values))
     lines += [decision(row, records, values) for row in ("minGRU", "minLSTM")]
     lines += speeds(efficiency.load(results_dir), values)
-    parts = [
-        markdown_grid(HEADER, [line.cells() for line in lines], left=(0, 3, 4, 5)),
-        RULE,
-        scaled_down(records, values),
-    ]
-    if any("†" in line.paper for line in lines):
-        parts.append(UNCONFIRMED)
-    return "\n\n".join(filter(None, parts)) + "\n"
+    grid = markdown_grid(HEADER, [line.cells() for line in lines], left=(0, 3, 4, 5))
+    notes = [RULE, scaled_down(records, values), UNCONFIRMED if any("†" in line.paper for line in lines) else ""]
+    return f"{grid}\n\n{' '.join(filter(None, notes))}\n"
 
 
 def scaled_down(records: Records, paper: dict) -> str:
     """What profile cpu makes smaller, of the tables that have runs of it."""
     said = []
-    for table, name in (("table1_layers", "selective copying"), ("charlm", "character model")):
+    for table, name in (("table1_layers", "selective copying"), ("charlm", "the character model")):
         found = [entry for entry in entries(table, "cpu", records, paper) if entry.done]
         if found:
             sizes = [(size, ours, theirs) for size, ours, theirs in scale(table, found) if ours != theirs]
