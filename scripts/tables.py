@@ -411,19 +411,34 @@ def write_efficiency(results_dir: str | Path, paper: Path = PAPER) -> list[Path]
         ending = efficiency.slug(profile, machine)
         folder = Path(results_dir) / "tables"
         write(folder / f"efficiency_{ending}.csv", efficiency.long(parts))
-        texts = {"claims": efficiency_claims(parts, values)} if "train" in parts else {}
-        for name, part in parts.items():
-            texts[name] = f"{efficiency.caption(part)}\n\n{markdown_grid(*efficiency.grid(part))}\n"
-        for name, text in texts.items():
+        for name, text in efficiency_texts(parts, values).items():
             path = folder / f"efficiency_{name}_{ending}.md"
             write(path, text)
             written.append(path)
     return written
 
 
+def efficiency_texts(parts: dict[str, efficiency.Part], values: dict) -> dict[str, str]:
+    texts = {"claims": efficiency_claims(parts, values)} if "train" in parts else {}
+    for name, part in parts.items():
+        texts[name] = f"{efficiency.caption(part)}\n\n{markdown_grid(*efficiency.grid(part))}\n"
+    return texts
+
+
 def efficiency_claims(parts: dict[str, efficiency.Part], values: dict) -> str:
     found = {row: value.value for (table, row, _, _), value in values.items() if table == "efficiency"}
     return f"{efficiency.CLAIMED} {parts['train'].machine}.\n\n{markdown_grid(*efficiency.claims_grid(parts, found))}\n"
+
+
+def blocks(results_dir: str | Path, paper: Path = PAPER) -> dict[str, str]:
+    """What the pages show, by the names of their marks: every file for reading."""
+    found, values = {}, read_paper(paper)
+    for table, profile, cells in measured_tables(load(results_dir), paper):
+        found[f"table:{file_name(table, profile)}"] = markdown(table, profile, cells)
+    for key, parts in efficiency.load(results_dir).items():
+        for name, text in efficiency_texts(parts, values).items():
+            found[f"table:efficiency_{name}_{efficiency.slug(*key)}"] = text
+    return found
 
 
 def results_dir_argument(description: str) -> str:
@@ -448,8 +463,9 @@ def main() -> None:
     results_dir = results_dir_argument(__doc__.splitlines()[0])
     for path in write_all(results_dir):
         print(path)
-        if results_dir == "results":
-            renew(f"table:{path.stem}", path.read_text())
+    if results_dir == "results":
+        for name, text in blocks(results_dir).items():
+            renew(name, text)
 
 
 if __name__ == "__main__":
