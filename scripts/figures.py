@@ -261,7 +261,7 @@ def policy_step(rows: list[dict]) -> Figure:
     figure = Figure(figsize=(4.2, 2.8), layout="constrained")
     ax = figure.subplots()
     rows = [row for row in rows if row["kind"] == "policy"]
-    names = {"minrnn": "minGRU, carries its state", "Transformer": "Transformer, rereads the episode"}
+    names = {"minrnn": "minGRU, state carried", "Transformer": "Transformer, context reread"}
     for (name, label), style in zip(names.items(), STYLES, strict=False):
         ax.plot([row["shape"][1] for row in rows], [row[name]["median_ms"] for row in rows], **style, label=label)
     ax.set(
