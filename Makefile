@@ -22,6 +22,7 @@ install: $(VENV)/installed  ## make .venv with the locked dependencies (done by 
 test: $(VENV)/installed  ## run the tests, on the GPU too where there is one
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto
 
 .PHONY: reproduce-all

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .records import Refusal, regular
+from .files import Refusal, regular
 
 KEPT = 2
 NAME = re.compile(r"(\d{9})-([0-9a-f]{16})\.pt")

@@ -4,7 +4,6 @@ A run is what `model`, `data`, `train`, `eval` and the seed say; the rest says w
 does not enter its id.
 """
 
-import difflib
 import hashlib
 import json
 import math
@@ -16,6 +15,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from .files import nearest
 from .seeds import RUNS, STEPS
 
 PROFILES = ("smoke", "cpu", "paper")
@@ -228,7 +228,7 @@ class Run:
     threads: int | None = None  # of torch on a CPU; None: all cores
     micro_batches: int = 1  # a step's batch in so many parts, one after another, to save memory
     compile: bool = False  # torch.compile the model
-    logger: str = "wandb"  # or none
+    logger: str = "none"  # or wandb
     wandb: Wandb = field(default_factory=Wandb)
     progress: bool = True
     checkpoint_every: float = 60  # seconds
@@ -437,7 +437,7 @@ def positive(config: Any, section: str, *names: str) -> None:
 def one_of(config: Any, section: str, name: str, values: tuple[Any, ...]) -> None:
     value = getattr(config, name)
     if value not in values:
-        near = difflib.get_close_matches(str(value), map(str, values), n=1, cutoff=0)[0]
+        near = nearest(str(value), map(str, values))
         setting = f"{section}.{name}".strip(".")
         raise ValueError(f"{setting}: expected one of {values}, got {value!r}; the nearest is {near}")
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from minrnn.models import parameter_groups
 
-from . import checkpoints, machine, records, tracking
+from . import checkpoints, files, machine, records, tracking
 from .config import Run, Train, run_id
 from .seeds import noise_seed
 
@@ -60,7 +60,7 @@ class Task:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class SettingError(records.Refusal, ValueError):
+class SettingError(files.Refusal, ValueError):
     """Settings of which no model or task can be made."""
 
 
@@ -85,7 +85,7 @@ def execute(cfg: Run, build: Callable[[Run, torch.device], Task]) -> str:
     if (outcome := _final(path)) and world == 1:  # of a folder that cannot be written too
         _say(rank, f"{cfg.experiment} {name}: {outcome} already, see {path}")
         return outcome
-    with records.claim(path.parent) if rank == 0 else contextlib.nullcontext() as mine, _processes(cfg, device, world):
+    with files.claim(path.parent) if rank == 0 else contextlib.nullcontext() as mine, _processes(cfg, device, world):
         outcome = _from_first(_final(path) or (None if mine else "busy"), world)
         if outcome == "busy":
             _say(rank, f"{cfg.experiment} {name}: another process is at it (it holds {path.parent / '.lock'})")
@@ -120,7 +120,7 @@ def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world
         torch.manual_seed(noise_seed(cfg.seed, 0))
         try:
             task = build(cfg, device)
-        except records.Refusal:
+        except files.Refusal:
             raise
         except ValueError as error:  # settings that do not go together
             raise SettingError(error) from error
@@ -134,7 +134,7 @@ def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world
     except Diverged as reason:
         text, state = reason.args
         outcome = {"status": "diverged", "reason": text, "metrics": {}}
-    except records.Refusal:
+    except files.Refusal:
         raise
     except Exception as error:
         reason = "".join(traceback.format_exception_only(error)).strip()

@@ -7,7 +7,6 @@ of other processes such a run counts as failed.
 
 import copy
 import dataclasses
-import difflib
 import importlib
 import os
 import re
@@ -24,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from . import config, records
+from . import config, files
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GROUPS = ("model", "convention", "optimizer", "part", "profile", "launcher")
@@ -91,7 +90,7 @@ def _task(cfg: DictConfig) -> str:
     here = os.environ.get("MINRNN_MAIN_PROCESS") == str(os.getpid())
     try:
         outcome = importlib.import_module(f"experiments.{cfg.experiment}").run(OmegaConf.to_object(cfg))
-    except records.Refusal as error:
+    except files.Refusal as error:
         if here:
             sys.exit(f"error: {error}")  # it says what to do; a traceback would say no more
         raise
@@ -137,8 +136,7 @@ def settings_of(kind: type, arguments: list[str]) -> Any:
     for argument in arguments:
         key, found, value = argument.partition("=")
         if not found or key not in kinds:
-            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0)[0]
-            raise ValueError(f"{argument}: no such setting; the nearest is {near}=")
+            raise ValueError(f"{argument}: no such setting; the nearest is {files.nearest(key, kinds)}=")
         try:
             values[key] = kinds[key](value)
         except ValueError:
@@ -158,7 +156,7 @@ def check(experiment: str, overrides: list[str], multirun: bool = False) -> None
     Hydra refuses such a key too, without a hint.
     """
     parsed = OverridesParser.create().parse_overrides(overrides)
-    groups = {name: files for name in GROUPS if (files := _files(experiment, name))}
+    groups = {name: found for name in GROUPS if (found := _files(experiment, name))}
     chosen = {o.key_or_group: o for o in parsed if o.key_or_group in groups}
     settings = [o for o in parsed if o.key_or_group not in groups and not o.key_or_group.startswith("hydra")]
     for override in (*chosen.values(), *settings):
@@ -169,15 +167,15 @@ def check(experiment: str, overrides: list[str], multirun: bool = False) -> None
     for group, override in chosen.items():
         for value in map(str, _values(override)):
             if value not in groups[group]:
-                near = difflib.get_close_matches(value, groups[group], n=1, cutoff=0)[0]
+                near = files.nearest(value, groups[group])
                 raise ValueError(
                     f"{group}: expected one of {', '.join(groups[group])}, got {value!r}; the nearest is {near}"
                 )
-    known = _keys(OmegaConf.to_container(_compose(experiment, [_one(o) for o in chosen.values()])))
+    known = _keys(OmegaConf.to_container(_chosen(experiment, tuple(_one(o) for o in chosen.values()))))
     for override in settings:
         key = override.key_or_group
         if key not in known:
-            near = config.FORMER.get(key) or difflib.get_close_matches(key, [*known, *groups], n=1, cutoff=0)[0]
+            near = config.FORMER.get(key) or files.nearest(key, [*known, *groups])
             raise ValueError(f"{key}: no such setting; the nearest is {near}")
     if not any(override.is_sweep_override() for override in parsed):
         resolve(experiment, overrides)

@@ -1,27 +1,20 @@
 """Records of runs: `results/runs/<experiment>/<run_id>/record.json`, written once, read by tables. Needs no torch."""
 
-import contextlib
-import fcntl
 import json
-import os
-import stat
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
-from . import config
+from . import config, files
 
 SCHEMA_VERSION = 2
 STATUSES = ("done", "failed", "diverged")
 CURVE_POINTS = 500
 MOST_BYTES = 64 * 2**20  # of a record
+NUMBERS = re.compile(r"\[\n([^\[\]{}\"]*)\]")  # a list of them, with an indent; a string has no line end in it
 
 
-class Refusal(Exception):
-    """What was asked for can't be done, and nothing was run; the text says what to do."""
-
-
-class RecordError(Refusal, ValueError):
+class RecordError(files.Refusal, ValueError):
     """A record that is not what it should be; the text names it and says what to do."""
 
 
@@ -35,24 +28,15 @@ def work_dir(output_dir: str | Path, experiment: str, run_id: str) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: written to a temporary name beside it, and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w") as file:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Whole or not at all; a list of numbers, such as the point of a curve, on one line, for diffs that can be read."""
+    text = json.dumps(value, indent=1, allow_nan=False)
+    files.write(path, NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
 
 
 def read_json(path: Path, again: str = "remove it to have the run done again") -> dict[str, Any]:
     """Raises FileNotFoundError, and RecordError for what is no JSON object of finite numbers, with what to do."""
     try:
-        found = json.loads(read_file(path, RecordError, MOST_BYTES).decode(), parse_constant=_refuse)
+        found = json.loads(files.read(path, RecordError, MOST_BYTES).decode(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         if isinstance(error, RecordError):
             raise
@@ -64,35 +48,6 @@ def read_json(path: Path, again: str = "remove it to have the run done again") -
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"expected finite numbers, got {constant}")
-
-
-def read_file(path: Path, error: type[Exception], most: int) -> bytes:
-    """A regular file's content. Raises FileNotFoundError, and `error` for another kind of file, or a larger one.
-
-    A pipe would never end, and a device neither.
-    """
-    try:
-        size = regular(path, error)
-        if size > most:
-            raise error(f"{path}: expected at most {most / 2**20:.0f} MiB, got {size / 2**20:.0f} MiB")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror})") from problem
-
-
-def regular(path: Path, error: type[Exception]) -> int:
-    """Bytes of a regular file. Raises OSError where there is none, and `error` for another kind of file."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise error(f"{path}: expected a file, got a {_kind(status.st_mode)}")
-    return status.st_size
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_ISDIR: "folder", stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket"}
-    return next((name for holds, name in kinds.items() if holds(mode)), "device")
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -159,36 +114,3 @@ def thin(points: list[list[float]], most: int = CURVE_POINTS) -> list[list[float
     if len(points) <= most:
         return points
     return [points[round((i + 1) * len(points) / most) - 1] for i in range(most)]
-
-
-@contextlib.contextmanager
-def claim(folder: Path, name: str = "lock") -> Iterator[bool]:
-    """Whether this process has the run of this folder of records to itself.
-
-    The system frees a claim with the process that held it, whatever ended that.
-    """
-    path = folder / f".{name}"
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            # Not through a link, whose target is none of ours, and nothing in it is changed.
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except FileNotFoundError:  # the folder went in between
-            continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            yield False
-            return
-        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-            break
-        os.close(file)  # its holder removed it
-    try:
-        yield True
-    finally:
-        with contextlib.suppress(OSError):  # of a folder that is gone, or that another filled in between
-            if not any(other.name != path.name for other in folder.iterdir()):  # nothing was run
-                path.unlink()
-                folder.rmdir()
-        os.close(file)

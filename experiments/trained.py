@@ -5,7 +5,6 @@ settings, facts of its data, its losses, the checksum of the weights) and README
 scripts.weights` writes all three.
 """
 
-import difflib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,13 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from . import checkpoints, records
+from . import checkpoints, files, records
 from .config import Run, run_id, typed
 
 MOST_BYTES = 2**30
 
 
-class WeightsError(records.Refusal, ValueError):
+class WeightsError(files.Refusal, ValueError):
     """Weights that are not what they should be; the text names the file and says what to do."""
 
 
@@ -57,8 +56,8 @@ def of_run(experiment: str, run: str, which: str, results_dir: str, output_dir: 
     record = records.read_record(path)
     if record is None:
         known = [each.parent.name for each in (Path(results_dir) / "runs" / experiment).glob("*/record.json")]
-        near = difflib.get_close_matches(run, known, n=1, cutoff=0)
-        hint = f"the nearest is {near[0]}" if near else f"there is none: python -m experiments.{experiment} makes one"
+        made = f"there is none: python -m experiments.{experiment} makes one"
+        hint = f"the nearest is {files.nearest(run, known)}" if known else made
         raise ValueError(f"run: no run {run!r} in {results_dir}/runs/{experiment}; {hint}")
     if record["status"] != "done":
         raise ValueError(f"run: expected one that is done, {run} is {record['status']} ({record['reason']})")
@@ -92,7 +91,7 @@ def shipped(experiment: str, name: str, results_dir: str, device: str = "cpu") -
     file, again = folder / "model.safetensors", "get it anew: git checkout"
     try:
         card = records.read_json(folder / "config.json", f"{again} {folder / 'config.json'}")
-        content = records.read_file(file, WeightsError, MOST_BYTES)
+        content = files.read(file, WeightsError, MOST_BYTES)
     except FileNotFoundError as error:
         raise WeightsError(f"{error.filename}: missing; {again} {error.filename}") from error
     except records.RecordError as error:

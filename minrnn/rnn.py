@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .ops.cells import Cell, coefficients
-from .ops.scan import BACKENDS, is_autocast_enabled, is_onnx_exporting, resolve, scan
+from .ops.cells import Activation, Cell, coefficients
+from .ops.scan import BACKENDS, Backend, is_autocast_enabled, is_onnx_exporting, resolve, scan
 
 
 class _MinRNN(nn.Module):
@@ -202,7 +202,7 @@ class _MinRNN(nn.Module):
         states_dtype = x.dtype if hx is None else hx.dtype
         T = x.shape[1 if batch_first else 0]
         one_step = isinstance(T, int) and T == 1 and not torch.jit.is_tracing()  # known to be so in every call
-        last = []
+        last: list[Tensor] = []
         for layer in range(self.num_layers):
             if layer > 0:
                 x = F.dropout(x, self.dropout, self.training)
@@ -295,8 +295,8 @@ class _MinRNN(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0, "bidirectional": False}
-        defaults |= {"activation": "g", "normalize_gates": True, "backend": "auto"}
+        defaults: dict[str, object] = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0}
+        defaults |= {"bidirectional": False, "activation": "g", "normalize_gates": True, "backend": "auto"}
         changed = (f"{k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k, v) != v)
         return ", ".join((str(self.input_size), str(self.hidden_size), *changed))
 
@@ -335,8 +335,8 @@ class MinGRU(_MinRNN):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: str = "g",
-        backend: str = "auto",
+        activation: Activation = "g",
+        backend: Backend = "auto",
     ):
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
@@ -376,10 +376,10 @@ class MinLSTM(_MinRNN):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: str = "g",
+        activation: Activation = "g",
         normalize_gates: bool = True,
         forget_bias: float = 0.0,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ):
         if not isinstance(normalize_gates, bool):
             raise TypeError(f"normalize_gates: expected a bool, got {type(normalize_gates).__name__}")

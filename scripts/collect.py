@@ -16,7 +16,6 @@ files is not one on D4RL's.
 """
 
 import argparse
-import difflib
 import importlib
 import json
 import os
@@ -37,7 +36,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from experiments import data, machine, records
+from experiments import data, files, machine, records
 from experiments.decision.data import ENVIRONMENTS, KEYS, LEVELS, MAX_EP_LEN, normalized, read
 from experiments.seeds import QUARTER, RUNS
 
@@ -339,7 +338,7 @@ def trained(env: str, seed: int, folder: Path) -> Training:
 
     Raises CollectError: another process is at it, or what is there is of other settings or versions or cannot be read.
     """
-    with records.claim(folder) as free:
+    with files.claim(folder) as free:
         if not free:
             raise CollectError(f"{folder}: another process trains there; wait for it, or give another output_dir")
         if not (folder / "training.json").exists():
@@ -549,7 +548,7 @@ def parse(arguments: list[str]) -> Settings:
         if not equals:
             raise ValueError(f"expected key=value of {', '.join(known)}, got {argument!r}")
         if key not in known:
-            raise ValueError(f"{key}: no such setting; the nearest is {_nearest(key, known)}")
+            raise ValueError(f"{key}: no such setting; the nearest is {files.nearest(key, known)}")
         if key in ("seed", "steps", "threads"):
             low, high = {"seed": (0, RUNS - 1), "steps": (1, 10**7), "threads": (1, 1024)}[key]
             if not value.isdecimal() or not low <= int(value) <= high:
@@ -559,15 +558,11 @@ def parse(arguments: list[str]) -> Settings:
     for key, choices in (("env", list(RECIPES)), ("level", ["random", *LEVELS, "all"])):
         value = getattr(settings, key)
         if value not in choices:
-            hint = f"got {value!r}; the nearest is {_nearest(value, choices)}" if value else "got none"
+            hint = f"got {value!r}; the nearest is {files.nearest(value, choices)}" if value else "got none"
             raise ValueError(f"{key}: expected one of {', '.join(choices)}, {hint}")
     if settings.level == "medium-replay" and settings.steps:
         raise ValueError("steps: expected none for medium-replay, which is as long as its training was")
     return settings
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    return difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
 
 
 def main() -> int:

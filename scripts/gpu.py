@@ -23,7 +23,7 @@ import tarfile
 import time
 from pathlib import Path
 
-from experiments import records
+from experiments import files, records
 from experiments.launch import UNFINISHED
 from scripts.efficiency import PARTS as PARTS_OF
 from scripts.reproduce import duration, has_gpu, seconds
@@ -52,7 +52,7 @@ class Session:
         self.told = False
         out.mkdir(parents=True, exist_ok=True)
         WORK.mkdir(parents=True, exist_ok=True)
-        self.claim = records.claim(WORK, "session")
+        self.claim = files.claim(WORK, "session")
         if not self.claim.__enter__():
             sys.exit(f"error: another process works in {WORK}")
         state = state or out / "state.tar.gz"
@@ -134,7 +134,7 @@ class Session:
         self.part("efficiency", [*measure, f"output_dir={WORK / 'runs'}"])
         if self.left > 10:
             planner = [python, "-m", "scripts.reproduce", "--profile", profile]
-            planner += ["--seeds", str(seeds), "--budget", f"{self.left:.0f}s", "--logger", "none"]
+            planner += ["--seeds", str(seeds), "--budget", f"{self.left:.0f}s"]
             planner += ["--results-dir", str(WORK / "results"), "--output-dir", str(WORK / "runs"), *overrides]
             self.deadline += RESERVE / 2  # it stops by itself, and then says what it has
             self.call("runs", planner, self.left)

@@ -5,9 +5,10 @@ makes `table:...`, `scripts.report` makes `found:...` and `figure:...`, the benc
 how to add one. Needs no torch.
 """
 
-import os
 import re
 from pathlib import Path
+
+from experiments import files
 
 MARK = re.compile(r"^<!-- ([\w:]+) -->$", re.MULTILINE)
 
@@ -34,7 +35,4 @@ def write(path: Path, content: str) -> None:
     """Whole or not at all, and only where it differs: several planners renew the same files."""
     if path.exists() and path.read_text() == content:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(content)
-    temporary.replace(path)
+    files.write(path, content)

@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import data, launch, records
+from experiments import data, files, launch, records
 from experiments.config import PROFILES, run_id
 from experiments.launch import UNFINISHED, compose
 from scripts import efficiency, figures, report, tables
@@ -141,9 +141,9 @@ class Planner:
         with contextlib.ExitStack() as stack:
             # Between planners this claim decides, at once; the run's own, against all others, is its process's.
             place = records.record_path(self.results_dir, run.experiment, run.run_id).parent
-            if not stack.enter_context(records.claim(place, "planner")):
+            if not stack.enter_context(files.claim(place, "planner")):
                 return False
-            with records.claim(place) as free:
+            with files.claim(place) as free:
                 if not free:
                     return False
             self.read(run)
@@ -556,7 +556,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output-dir", help="checkpoints and logs (outputs; of other results than results: their own outputs)"
     )
-    parser.add_argument("--logger", choices=("wandb", "none"), default="wandb", help="of each run (wandb, offline)")
+    parser.add_argument("--logger", choices=("none", "wandb"), default="none", help="of each run (none)")
     parser.add_argument("--only", metavar="TEXT", help='runs whose name has this in it: charlm, "minGRU, layers 3"')
     parser.add_argument("--list", action="store_true", help="say what is done and what is left, and end")
     parser.add_argument(

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from experiments import files
 from experiments.config import PROFILES, run_id
-from experiments.records import MOST_BYTES, RecordError, read_file, read_records
+from experiments.records import MOST_BYTES, RecordError, read_records
 from scripts import efficiency
 from scripts.pages import renew, write
 from scripts.plan import CELLS, CHOICE_SEED, METRICS, TABLES, Cell, Metric, Table
@@ -105,7 +106,7 @@ def read_paper(path: Path = PAPER) -> dict[tuple[str, str, str, str], Published]
     Raises RecordError: the file lacks something, or a line is not what it should be; the text names both.
     """
     try:
-        lines = list(csv.DictReader(io.StringIO(read_file(path, RecordError, MOST_BYTES).decode()), strict=True))
+        lines = list(csv.DictReader(io.StringIO(files.read(path, RecordError, MOST_BYTES).decode()), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RecordError(f"{path}: expected a table of published values ({error}); `git checkout` it") from error
     found: dict[tuple[str, str, str, str], Published] = {}

@@ -15,7 +15,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from experiments import charlm, decision, records, trained
+from experiments import charlm, decision, files, records, trained
 from experiments.config import run_id
 from experiments.launch import settings_of
 from experiments.records import read_record, record_path
@@ -121,9 +121,8 @@ def export(experiment: str, settings: Settings) -> Path:
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     folder = Path(settings.results_dir) / "weights" / f"{experiment}-{name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.safetensors").write_bytes(content)
-    (folder / "README.md").write_text(card(config, record))
+    files.write(folder / "model.safetensors", content)
+    files.write(folder / "README.md", card(config, record))
     records.write_json(folder / "config.json", config)
     return folder
 
@@ -141,5 +140,5 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, records.Refusal, OSError) as error:
+    except (ValueError, files.Refusal, OSError) as error:
         sys.exit(f"error: {error}")

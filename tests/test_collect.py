@@ -340,7 +340,7 @@ def test_a_training_of_other_settings_is_not_taken(small, tmp_path, monkeypatch)
 
 
 def test_two_do_not_train_at_once(small, tmp_path):
-    with collect.records.claim(tmp_path / "outputs" / "collect" / "hopper-0") as free:
+    with collect.files.claim(tmp_path / "outputs" / "collect" / "hopper-0") as free:
         assert free
         code, said = small("level=medium")
     assert code == 1 and "another process trains there" in said

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import checkpoints, config, engine, launch, records, seeds, selective_copy
+from experiments import checkpoints, config, engine, files, launch, records, seeds, selective_copy
 from minrnn.mixers import make
 from minrnn.models import TokenModel, parameter_groups
 
@@ -189,9 +189,7 @@ def test_two_workers_do_every_run_once(tmp_path):
 
 def test_a_run_that_another_process_has_is_left_to_it(tmp_path):
     cfg = resolve(tmp_path)
-    with records.claim(
-        records.record_path(cfg.results_dir, "selective_copy", config.run_id(asdict(cfg))).parent
-    ) as mine:
+    with files.claim(records.record_path(cfg.results_dir, "selective_copy", config.run_id(asdict(cfg))).parent) as mine:
         assert mine
         assert "another process is at it" in call(tmp_path, code=launch.UNFINISHED)
     assert run(tmp_path)[0] == "done"

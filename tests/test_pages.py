@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.tables import TABLE
 from experiments import launch
-from experiments.config import EXPERIMENTS
+from experiments.config import EXPERIMENTS, typed
 from scripts import collect, efficiency, pages, plan, report, tables
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +114,6 @@ COMMAND = re.compile(r"python3? -m (experiments\.[\w.]+|scripts\.\w+)((?: [^`#\n
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS[:2]], ids=name)
 def test_commands_compose(page):
-    """Those of the report are held in test_scripts.py."""
     for module, rest in COMMAND.findall(page.read_text()):
         settings = [setting for setting in shlex.split(rest.rstrip("\\ ")) if not setting.startswith("-")]
         experiment = module.removeprefix("experiments.")
@@ -126,6 +125,14 @@ def test_commands_compose(page):
             collect.parse(settings)
         else:
             assert (ROOT / f"{module.replace('.', '/')}.py").exists(), f"{name(page)}: {module}"
+
+
+def test_commands_of_the_report_compose():
+    """Some hundred, of which none is a sweep."""
+    found = COMMAND.findall((ROOT / "results/REPORT.md").read_text())
+    assert found
+    for module, rest in found:
+        typed(launch.compose(module.removeprefix("experiments."), shlex.split(rest)))
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS[:2]], ids=name)

@@ -12,7 +12,7 @@ import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments import charlm, checkpoints, config, launch, records
+from experiments import charlm, checkpoints, config, files, launch, records
 from experiments.decision import data as decision_data
 from scripts import plan, tables
 from tests.test_decision_data import NAME, save, steps
@@ -142,13 +142,13 @@ def test_a_claim_changes_nothing_through_a_link_and_leaves_no_empty_folder(tmp_p
     target.write_text("kept")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.lock").symlink_to(target)
-    with pytest.raises(OSError), records.claim(tmp_path / "run"):
+    with pytest.raises(OSError), files.claim(tmp_path / "run"):
         pass
     assert target.read_text() == "kept"
-    with records.claim(tmp_path / "other") as mine, records.claim(tmp_path / "other") as again:
+    with files.claim(tmp_path / "other") as mine, files.claim(tmp_path / "other") as again:
         assert mine and not again
     assert not (tmp_path / "other").exists()
-    with records.claim(tmp_path / "third") as mine:
+    with files.claim(tmp_path / "third") as mine:
         (tmp_path / "third/record.json").touch()
     assert sorted(path.name for path in (tmp_path / "third").iterdir()) == [".lock", "record.json"]
 
@@ -362,7 +362,7 @@ def test_a_damage_drawn_at_random_is_survived_or_named_in_one_line(tmp_path):
         try:
             open_it()
             outcomes.append(None)
-        except (records.Refusal, OSError) as error:
+        except (files.Refusal, OSError) as error:
             text = str(error)
             assert "\n" not in text and (str(folder) in text or "data." in text), (damage, path, text)
             outcomes.append(text)

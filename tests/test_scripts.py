@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import data, records
+from experiments import data, files, records
 from experiments.config import FORMER, MODELS, PROFILES, run_id
 from experiments.decision import data as decision_data
 from experiments.launch import compose
@@ -497,12 +497,12 @@ def test_figures_of_a_single_run(tmp_path):
 STUB = """
 import os, signal, sys, time
 from pathlib import Path
-from experiments import records
+from experiments import files, records
 name, results, outputs, ran, seconds, run_id, behaviour = sys.argv[1:]
 path = records.record_path(results, "selective_copy", run_id)
 if records.is_final(records.read_record(path)):
     sys.exit(0)
-with records.claim(records.record_path(results, "selective_copy", run_id).parent) as mine:
+with files.claim(records.record_path(results, "selective_copy", run_id).parent) as mine:
     if not mine:
         sys.exit(75)
     with open(ran, "a") as file:
@@ -642,7 +642,7 @@ def test_a_run_that_another_process_has_is_come_back_to(world, monkeypatch):
     """First it is claimed; then its process dies without a record, and the run is free again."""
     monkeypatch.setattr(reproduce, "LOOK", 0.1)
     first = world.runs[0]
-    holder = records.claim(records.record_path(world.folder / "results", first.experiment, first.run_id).parent)
+    holder = files.claim(records.record_path(world.folder / "results", first.experiment, first.run_id).parent)
     assert holder.__enter__()
     world.planner(renew=lambda: len(world.ran) == 7 and holder.__exit__(None, None, None)).go()
     assert world.ran == [run.run_id for run in [*world.runs[1:], first]]

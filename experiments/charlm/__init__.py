@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from minrnn.mixers import make
 from minrnn.models import TokenModel
 
-from .. import data, engine
+from .. import data, engine, files
 from ..config import TEXTS, CharLM
-from ..records import read_file
 from ..seeds import eval_seed, train_seed
 
 MOST_BYTES = 2**30  # of a text, whose characters are all held in memory
@@ -102,7 +101,7 @@ def identify(cfg: CharLM) -> CharLM:
 
 def _bytes(path: str | Path) -> bytes:
     try:
-        return read_file(Path(path), data.DataError, MOST_BYTES)
+        return files.read(Path(path), data.DataError, MOST_BYTES)
     except FileNotFoundError as error:
         raise data.DataError(f"data.path: cannot read {path} ({error.strerror})") from error
 

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from .. import records
+from .. import files
 from ..launch import settings_of
 from . import model, read, sample, whole_loss
 
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, records.Refusal) as error:
+    except (ValueError, files.Refusal) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

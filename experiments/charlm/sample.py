@@ -22,7 +22,7 @@ from torch import Tensor
 from minrnn.mixers.base import state_map
 from minrnn.models import TokenModel
 
-from .. import records, trained
+from .. import files, trained
 from ..launch import settings_of
 from . import model
 
@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, records.Refusal) as error:
+    except (ValueError, files.Refusal) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -27,7 +27,6 @@ environments, and policies are tried in v4: in v5 Hopper and Walker2d get no rew
 they fall, and Walker2d's right foot has more friction (1.9, not 0.9), so that its policies meet other ground here.
 """
 
-import difflib
 import hashlib
 import math
 import warnings
@@ -43,7 +42,7 @@ from torch import Tensor
 
 from .. import data
 from ..data import DataError
-from ..records import regular
+from ..files import nearest, regular
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,9 @@ def split_name(dataset: str) -> tuple[str, str, str]:
     """
     names = {f"{s}/{env}-{level}": (s, env, level) for s in SOURCES for env in ENVIRONMENTS for level in SOURCES[s]}
     if dataset not in names:
-        (nearest,) = difflib.get_close_matches(dataset, names, n=1, cutoff=0)
         raise ValueError(
             f"data.dataset: expected <source>/<environment>-<level> of {(*ENVIRONMENTS,)} and {SOURCES}, "
-            f"got {dataset!r}; the nearest is {nearest!r}"
+            f"got {dataset!r}; the nearest is {nearest(dataset, names)!r}"
         )
     return names[dataset]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minrnn.models import DecisionModel
 
-from .. import records, trained
+from .. import files, trained
 from ..config import Decision
 from ..launch import settings_of
 from ..seeds import QUARTER, eval_seed
@@ -199,5 +199,5 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, records.Refusal, OSError) as error:
+    except (ValueError, files.Refusal, OSError) as error:
         sys.exit(f"error: {error}")

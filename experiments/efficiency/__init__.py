@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from tqdm import tqdm
 
-from .. import cost, engine, machine, records
+from .. import cost, engine, files, machine, records
 from ..config import Efficiency, EfficiencyData, run_id
 from . import memory
 from .layers import Layer, available, check
@@ -56,7 +56,7 @@ def run(cfg: Efficiency) -> str:
     config = dataclasses.asdict(cfg)
     name = run_id(config)
     path = records.record_path(cfg.results_dir, cfg.experiment, name)
-    with records.claim(path.parent) as mine:
+    with files.claim(path.parent) as mine:
         if records.is_final(records.read_record(path)):
             print(f"efficiency {cfg.data.part} {name}: done already, see {path}", flush=True)
             return "done"

@@ -35,7 +35,7 @@ class Attention(Mixer):
         """As `Mixer.forward`; the state is the pair of keys and values, (B, heads, steps so far, D / heads) each."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
         mask, before = None, 0 if state is None else state[0].shape[2]
-        if before:
+        if state is not None and before:
             k, v = (torch.cat([past.to(now.dtype), now], 2) for past, now in zip(state, (k, v), strict=True))
             if q.shape[2] > 1:  # a single one sees all
                 mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(before)

@@ -4,13 +4,13 @@ B batch, T time, D features, the same in and out.
 """
 
 from collections.abc import Callable
-from typing import TypeAlias, Union
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 # A mixer's state: one tensor, or a tuple of states, always with the batch as the first dimension.
-State: TypeAlias = Union[Tensor, "tuple[State, ...]"]
+State: TypeAlias = Any
 
 
 class Mixer(nn.Module):
@@ -64,3 +64,12 @@ def state_map(f: Callable[[Tensor], Tensor], state: State) -> State:
 def like(parameter: nn.Parameter, *shape: int) -> Tensor:
     """Zeros on the parameter's device, in its dtype."""
     return torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
+
+
+def causal_convolution(u: Tensor, k: Tensor, dim: int = -1) -> Tensor:
+    """Along `dim`, where u has T steps and k as many taps, by FFT."""
+    T = u.shape[dim]
+    unit = 1 << max(0, (2 * T).bit_length() - 4)  # only factors up to 15 beside twos: 2T itself may have a slow FFT
+    n = -(-2 * T // unit) * unit  # at least 2 T - 1, so that nothing wraps round
+    y = torch.fft.irfft(torch.fft.rfft(u, n, dim=dim) * torch.fft.rfft(k, n, dim=dim), n, dim=dim)
+    return y.narrow(dim, 0, T)

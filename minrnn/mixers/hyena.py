@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Mixer, State, no_weight_decay
+from .base import Mixer, State, causal_convolution, no_weight_decay
 
 # The window falls to TARGET at FAST * max_len in the fastest channel and at SLOW * max_len in the slowest.
 FAST, SLOW, TARGET = 0.3, 1.5, 1e-2
@@ -66,9 +66,7 @@ class Hyena(Mixer):
             raise ValueError(f"x: expected at most max_len={self.max_len} steps, got {T}")
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             u = x.to(torch.promote_types(x.dtype, torch.float32))
-            n = _fft_length(2 * T)  # at least 2 T - 1, so that nothing wraps round
-            k = torch.fft.rfft(self.filter(T).to(u.dtype), n, dim=0)
-            y = torch.fft.irfft(torch.fft.rfft(u, n, dim=1) * k, n, dim=1)[:, :T] + self.D * u
+            y = causal_convolution(u, self.filter(T).to(u.dtype)[None], 1) + self.D * u
         return y.to(x.dtype), None
 
     def filter(self, T: int) -> Tensor:
@@ -93,9 +91,3 @@ class Hyena(Mixer):
 
     def initial_state(self, batch_size: int) -> State:
         raise NotImplementedError(NO_STATE)
-
-
-def _fft_length(n: int) -> int:
-    """The next 4, 5, 6 or 7 times a power of two: lengths with large prime factors are slow."""
-    unit = 1 << max(0, (n - 1).bit_length() - 3)
-    return -(-n // unit) * unit

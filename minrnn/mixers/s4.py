@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Mixer, like, no_weight_decay
+from .base import Mixer, causal_convolution, like, no_weight_decay
 
 B_CLIP = 2.0
 
@@ -60,14 +60,6 @@ def _evolve(a: Tensor, h: Tensor, T: int) -> Tensor:
     return first[..., (T - 1) % first.shape[-1]] * second[..., -1] * a * h
 
 
-def _convolve(u: Tensor, k: Tensor) -> Tensor:
-    """Causal: (..., T), (..., T) -> (..., T)."""
-    T = u.shape[-1]
-    unit = 1 << max(0, (2 * T).bit_length() - 4)  # only factors up to 15 beside twos: 2T itself may have a slow FFT
-    n = -(-2 * T // unit) * unit
-    return torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(k, n), n)[..., :T]
-
-
 def _delay(k: Tensor) -> Tensor:
     """(..., T): one step later."""
     return F.pad(k, (1, 0))[..., :-1]
@@ -84,8 +76,8 @@ def _feed_back(k: Tensor, u: Tensor) -> Tensor:
     while (n := inverse.shape[-1]) < T:
         n = min(2 * n, T)
         padded = F.pad(inverse, (0, n - inverse.shape[-1]))
-        inverse = 2 * padded - _convolve(padded, _convolve(padded, g[..., :n]))
-    return _convolve(u, inverse)
+        inverse = 2 * padded - causal_convolution(padded, causal_convolution(padded, g[..., :n]))
+    return causal_convolution(u, inverse)
 
 
 class _StateSpace(Mixer):
@@ -150,7 +142,7 @@ class _StateSpace(Mixer):
         with torch.autocast(x.device.type, enabled=False):
             u = x.transpose(1, 2)
             if state is None:
-                y = _convolve(u.to(wide), self._kernel(x.shape[1]).to(wide))
+                y = causal_convolution(u.to(wide), self._kernel(x.shape[1]).to(wide))
             else:
                 y, h = self._run(u.double(), state.to(torch.complex128))
                 y, state = y.to(wide), h.to(state.dtype)
@@ -247,7 +239,7 @@ class S4D(_StateSpace):
     def _run(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         a, b, c = self._discretise()
         T = x.shape[-1]
-        y = _convolve(x, _response(a, c[None], b[None], T)[0, 0]) + _response(a, (c * a)[None], h, T)[0]
+        y = causal_convolution(x, _response(a, c[None], b[None], T)[0, 0]) + _response(a, (c * a)[None], h, T)[0]
         return y, _evolve(a, h, T) + _collect(a, b, x)
 
     @staticmethod
@@ -319,15 +311,15 @@ class S4(_StateSpace):
     def _kernel(self, T: int) -> Tensor:
         a, b, c, p, q = self._discretise()
         (cb, cp), (qb, qp) = _response(a, torch.stack((c, q)), torch.stack((b, p)), T)
-        return cb - _convolve(cp, _feed_back(qp, _delay(qb)))
+        return cb - causal_convolution(cp, _feed_back(qp, _delay(qb)))
 
     def _run(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         a, b, c, p, q = self._discretise()
         T = x.shape[-1]
         (cb, cp), (qb, qp) = _response(a, torch.stack((c, q)), torch.stack((b, p)), T)
         y_free, w_free = _response(a, torch.stack((c * a, q)), h, T)
-        w = _feed_back(qp, w_free + _convolve(x, _delay(qb)))
-        y = y_free + _convolve(x, cb) - _convolve(w, cp)
+        w = _feed_back(qp, w_free + causal_convolution(x, _delay(qb)))
+        y = y_free + causal_convolution(x, cb) - causal_convolution(w, cp)
         return y, _evolve(a, h, T) + _collect(a, b, x) - _collect(a, p, w)
 
     @staticmethod
@@ -375,7 +367,7 @@ class ShiftSSM(Mixer):
         with torch.autocast(x.device.type, enabled=False):
             taps = self.taps().to(wide)
             taps = F.pad(taps, (0, max(0, T + past - self.size)))[:, : T + past]
-            y = _convolve(window.transpose(1, 2).to(wide), taps)[..., past:].transpose(1, 2)
+            y = causal_convolution(window.transpose(1, 2).to(wide), taps)[..., past:].transpose(1, 2)
             y = (y + self.D.to(wide) * x).to(x.dtype)
         return y, None if state is None else window[:, T:].clone()
 

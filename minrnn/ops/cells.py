@@ -10,11 +10,13 @@ Source: "Were RNNs All We Needed?", arXiv 2410.01201, sections 3.1 (minGRU), 3.2
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Activation: TypeAlias = Literal["g", "identity"]
 INPUTS = {
     "linear": ("a", "b"),
     "mingru": ("gate", "candidate"),
@@ -25,7 +27,7 @@ INPUTS = {
 @dataclass(frozen=True)
 class Cell:
     kind: str  # a key of INPUTS
-    activation: str = "identity"  # of the candidate: "g" or "identity"
+    activation: Activation = "identity"  # of the candidate
     normalize: bool = False  # minLSTM's gates divided by their sum
 
     def __post_init__(self):

@@ -710,9 +710,9 @@ def _launch(kernel, cell, tensors, cu_seqlens: Tensor | None, reverse: bool) -> 
     like = tensors[0]
     B, T, D = like.shape
     compute = np.float64 if like.dtype == torch.float64 else np.float32
-    packed = cu_seqlens is not None
-    time_outermost = not packed and like.stride(1) > like.stride(0)
-    if packed:  # the first step of each sequence and the one after its last; the kernel walks backwards by strides
+    time_outermost = cu_seqlens is None and like.stride(1) > like.stride(0)
+    if cu_seqlens is not None:
+        # The first step of each sequence and the one after its last; the kernel walks backwards by strides.
         edges = cu_seqlens.numpy()
         bounds = np.stack([edges[:-1], edges[1:]], 1) if not reverse else T - np.stack([edges[1:], edges[:-1]], 1)
         shares = _shares(edges, D)

@@ -60,6 +60,6 @@ def _release() -> None:
     _loading.release()
 
 
-_held = []
+_held: list = []
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_release)

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from types import ModuleType
+from typing import Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +11,17 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import log_space, onnx_scan, reference
-from .cells import CELLS, LINEAR, Cell, coefficients
+from .cells import CELLS, LINEAR, Activation, Cell, coefficients
 from .memory import empty
 from .operators import below_autograd, define, is_transformed, load
 
-BACKENDS = ("reference", "log", "cpu", "triton")
+Backend: TypeAlias = Literal["auto", "reference", "log", "cpu", "triton"]
+BACKENDS = get_args(Backend)[1:]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def linear_scan(
-    a: Tensor, b: Tensor, h0: Tensor | None = None, *, resets: Tensor | None = None, backend: str = "auto"
+    a: Tensor, b: Tensor, h0: Tensor | None = None, *, resets: Tensor | None = None, backend: Backend = "auto"
 ) -> Tensor:
     """h_t = a_t h_{t-1} + b_t over the second dimension, for every batch and channel by itself.
 
@@ -48,9 +50,9 @@ def mingru_scan(
     candidate: Tensor,
     h0: Tensor | None = None,
     *,
-    activation: str = "g",
+    activation: Activation = "g",
     resets: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """minGRU: h_t = (1 - z_t) h_{t-1} + z_t c_t with z = sigmoid(gate), c = activation(candidate).
 
@@ -71,10 +73,10 @@ def minlstm_scan(
     candidate: Tensor,
     h0: Tensor | None = None,
     *,
-    activation: str = "g",
+    activation: Activation = "g",
     normalize: bool = True,
     resets: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """minLSTM: h_t = f_t h_{t-1} + i_t c_t with c = activation(candidate).
 
@@ -139,7 +141,7 @@ def is_onnx_exporting() -> bool:
 
 
 # As torch.compiler.assume_constant_result does, which would load the compiler. Dynamo takes is_in_onnx_export as False.
-is_onnx_exporting._dynamo_marked_constant = True
+is_onnx_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _checked_scan(

@@ -218,7 +218,7 @@ def _channels_last(states: Tensor | None) -> Tensor | None:
 
 
 def _views(**tensors: Tensor | None) -> dict:
-    arguments = {}
+    arguments: dict = {}
     for name, x in tensors.items():
         b, t = (0, 0) if x is None else x.stride()[:2]
         arguments |= {name: x, f"{name}_b": b, f"{name}_t": t}

@@ -481,7 +481,7 @@ def forward(
         **_view("out", out, flip=reverse),
         initial=initial,
         initial_b=0 if initial is None else initial.stride(0),
-        initial_c=0 if initial is h0 else initial.stride(1),
+        initial_c=0 if initial is None or initial is h0 else initial.stride(1),
         products=None,
         ends=None,
         **_extent(T, D, chunk_steps, triton.cdiv(T, chunk_steps)),
