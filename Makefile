@@ -42,8 +42,13 @@ figures: $(VENV)/installed  ## results/figures from the records, in seconds
 report: $(VENV)/installed  ## results/REPORT.md from the records, in seconds
 	$(BIN)/python -m scripts.report $(INTO)
 
+.PHONY: docs
+docs: $(VENV)/installed  ## the pages of docs/ as a site in site/, by mkdocs; a broken link is an error
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 .PHONY: bench
-bench: $(VENV)/installed  ## kernels, layers and a training step against peers here; renews results/tables and README
+bench: $(VENV)/installed  ## kernels, layers and a training step against peers here; renews results/tables and docs/
 	$(BIN)/python -m benchmarks.run
 
 .PHONY: gpu

@@ -1,7 +1,7 @@
 """The benchmark's tables from its records: `python -m benchmarks.tables`. Needs no torch.
 
-Reads results/bench/<device>.json; writes results/tables/bench_<part>_<device>.{md,csv} and renews the parts of
-README.md that stand between its `bench` marks.
+Reads results/bench/<device>.json; writes results/tables/bench_<part>_<device>.{md,csv} and renews the `bench` blocks of
+the pages (see `scripts.pages`).
 """
 
 import csv
@@ -9,7 +9,9 @@ import json
 import re
 from pathlib import Path
 
-RESULTS, README = Path("results"), Path("README.md")
+from scripts.pages import renew
+
+RESULTS = Path("results")
 CELL_NAMES = {"mingru_g": "minGRU", "minlstm_g": "minLSTM", "linear": "linear"}
 
 
@@ -200,7 +202,7 @@ TABLE = {
 
 
 def main(folder: Path = RESULTS) -> None:
-    """README shows what stands in its own results folder only."""
+    """Pages show what stands in their own results folder only."""
     target = folder / "tables"
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted((folder / "bench").glob("*.json")):
@@ -216,15 +218,8 @@ def main(folder: Path = RESULTS) -> None:
                 writer.writerow(["row", "column", "metric", "value"])
                 writer.writerows(long_rows(part, rows))
             if folder == RESULTS:  # float32 only, to stay readable
-                renew_readme(f"bench:{part}_{device}", re.sub(r".*float16 \|.*\n", "", text))
+                renew(f"bench:{part}_{device}", re.sub(r".*float16 \|.*\n", "", text))
     print(f"tables: {target}/bench_*")
-
-
-def renew_readme(name: str, text: str) -> None:
-    """Replaces what stands between the two marks of this name."""
-    mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    old = README.read_text()
-    README.write_text(mark.sub(lambda m: m[1] + text.strip() + "\n" + m[2], old))
 
 
 if __name__ == "__main__":

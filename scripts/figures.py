@@ -121,7 +121,7 @@ def score_against_steps(table: str, found: list[Entry]) -> Figure:
     for ax in figure.axes:
         ax.set_ylim(bottom=0)
     figure.supxlabel("training steps", fontsize=8)
-    figure.supylabel("score of an evaluation, % of an expert", fontsize=8)
+    figure.supylabel("evaluation score, % of an expert", fontsize=8)
     return figure
 
 
@@ -140,7 +140,7 @@ def score_against_target(table: str, found: list[Entry]) -> Figure:
         ax.plot((0, 100), (0, 100), color="#888888", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
         ax.set_ylim(bottom=0)
     figure.supxlabel("score asked for, % of an expert", fontsize=8)
-    figure.supylabel("score got", fontsize=8)
+    figure.supylabel("score reached, % of an expert", fontsize=8)
     return figure
 
 
@@ -261,11 +261,14 @@ def policy_step(rows: list[dict]) -> Figure:
     figure = Figure(figsize=(4.2, 2.8), layout="constrained")
     ax = figure.subplots()
     rows = [row for row in rows if row["kind"] == "policy"]
-    names = {"minrnn": "minGRU, from its state", "Transformer": "Transformer, reads all again"}
+    names = {"minrnn": "minGRU, state carried", "Transformer": "Transformer, context reread"}
     for (name, label), style in zip(names.items(), STYLES, strict=False):
         ax.plot([row["shape"][1] for row in rows], [row[name]["median_ms"] for row in rows], **style, label=label)
     ax.set(
-        xscale="log", yscale="log", xlabel="steps seen so far", ylabel=f"a step of {rows[0]['shape'][0]} episodes, ms"
+        xscale="log",
+        yscale="log",
+        xlabel="steps seen so far",
+        ylabel=f"time per step of {rows[0]['shape'][0]} episodes, ms",
     )
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(StrMethodFormatter("{x:,g}"))

@@ -136,35 +136,38 @@ def commonest(config: dict[str, Any]) -> float:
 
 
 FINAL = "selective_copy_learning_rate_final"
-SHORT = "Each model for a part of its steps, the schedule ended as early, with one seed that no other table has."
+SHORT = (
+    "Each model trains for a part of its steps, on a schedule of that length and on one seed that no other table uses."
+)
+CHOSEN = "The tables above use the best rate of each row."
 BIASES = ("bias 0", "bias 1", "bias 2", "bias 4")
 
 TABLES = {
     "charlm": Table(
         title="Character model",
-        caption="Tiny Shakespeare, character by character, all models under nanoGPT's convention (tied embeddings, "
-        "GPT-2's initial values, LayerNorm without bias, decay of matrices), in which the paper trained. Minimal RNNs, "
-        "GRU and LSTM stand in the paper's block with the authors' parts (convolution of 4 and pointwise, RNN, GEGLU), "
-        "the Transformer in nanoGPT's; Mamba's block has no MLP, and the initial values that its authors give for "
-        "language. GRU and LSTM are not in the paper's comparison.",
+        caption="Character models of Tiny Shakespeare. All models follow nanoGPT's convention, as the paper did: tied "
+        "embeddings, GPT-2's initialisation, LayerNorm without bias, weight decay on matrices only. minGRU, minLSTM, "
+        "GRU and LSTM use the paper's block with the parts of the authors' code (convolution of 4 and pointwise, RNN, "
+        "GEGLU). The Transformer uses nanoGPT's block. Mamba's block has no MLP, and starts from the initial values "
+        "that its authors give for language. The paper does not compare GRU and LSTM.",
         column=None,
         settings=LANGUAGE_SCALE,
         panels=(("", LANGUAGE_MODELS),),
         more=LANGUAGE_COLUMNS,
     ),
     "charlm_convention": Table(
-        title="Character model: what the convention is worth",
-        caption="The same models under two conventions. nanoGPT's: tied embeddings, GPT-2's initial values (Mamba's "
-        "own for Mamba), LayerNorm without bias. torch's: embeddings from N(0, 1), a head of its own, torch's initial "
-        "values, RMSNorm, as in the authors' public code.",
+        title="Character model: effect of the convention",
+        caption="The same models under two conventions. nanogpt: tied embeddings, GPT-2's initialisation (Mamba's own "
+        "for Mamba), LayerNorm without bias. torch: embeddings drawn from N(0, 1), a separate head, torch's default "
+        "initialisation, RMSNorm, as in the authors' public code.",
         column="convention",
         settings=LANGUAGE_SCALE,
         more=LANGUAGE_COLUMNS,
     ),
     "charlm_nanogpt": Table(
         title="Calibration: nanoGPT's settings",
-        caption="Tiny Shakespeare at the settings for which nanoGPT's README gives a loss, and minGRU in the paper's "
-        "block for as many steps and characters.",
+        caption="Tiny Shakespeare at settings for which nanoGPT's README states a loss. minGRU, in the paper's block, "
+        "trains for as many steps on as many characters.",
         column=None,
         settings=LANGUAGE_SCALE,
         more=LANGUAGE_COLUMNS,
@@ -173,38 +176,38 @@ TABLES = {
     ),
     "charlm_docs": Table(
         title="Character model of another text",
-        caption="What Python's help() says of the language, which comes with Python: for where Tiny Shakespeare cannot "
-        "be had.",
+        caption="A character model of the help() texts that come with Python, for machines without Tiny Shakespeare.",
         column=None,
         settings=LANGUAGE_SCALE,
         more=LANGUAGE_COLUMNS,
     ),
     "decision_local": Table(
         title="Decision RNNs on local data",
-        caption="Policies learned from datasets that this project made (`scripts.collect`), in D4RL's schema and at "
-        "its levels: scores are not to be compared with those on D4RL's own. minGRU, minLSTM, DAaren and DS4 carry "
-        "their state through the episode; DT and DMamba read the last 20 steps anew at each step, as published. "
-        "Decision Transformer's targets are returns of 3600 and 1800 on Hopper, 12000 and 6000 on HalfCheetah, and "
-        "5000 and 2500 on Walker2d.",
+        caption="Policies trained on datasets that this project collects (`scripts.collect`) in D4RL's schema and at "
+        "D4RL's levels. These scores do not compare with scores on D4RL's own datasets. minGRU, minLSTM, DAaren and "
+        "DS4 carry their state through the episode. DT and DMamba reread the last 20 steps at each step, as published. "
+        "The target returns are Decision Transformer's: 3600 and 1800 on Hopper, 12000 and 6000 on HalfCheetah, 5000 "
+        "and 2500 on Walker2d.",
         column="dataset",
         settings=DECISION_SCALE,
         more=DECISION_COLUMNS,
         wide=True,
     ),
     "decision_variants": Table(
-        title="Decision RNNs: what the choices are worth",
-        caption="On local/hopper-medium-replay. Where nothing is said, windows are padded on the right, which no model "
-        "sees, a step is three tokens, minimal RNNs carry their state through the episode, and timestep embeddings "
-        "start from N(0, 1), as published. Padded on the left, padding runs through the recurrence, as in Decision "
-        "Mamba's code. One token joins a step's state, return-to-go and the action before, as Decision S4 does.",
+        title="Decision RNNs: effect of design choices",
+        caption="Design choices on local/hopper-medium-replay. Unless a row says otherwise, windows are padded on the "
+        "right, where no model sees the padding; a step is three tokens; minimal RNNs carry their state through the "
+        "episode; timestep embeddings start from N(0, 1), as published. With padding on the left, the padding runs "
+        "through the recurrence, as in Decision Mamba's code. With one token a step, that token joins state, "
+        "return-to-go and the previous action, as in Decision S4.",
         column=None,
         settings=DECISION_SCALE,
         more=DECISION_COLUMNS,
     ),
     "table3_d4rl": Table(
         title="Table 3: D4RL",
-        caption="Policies learned from D4RL's own datasets. minGRU, minLSTM, DAaren and DS4 carry their state through "
-        "the episode; DT and DMamba read the last 20 steps anew at each step, as published.",
+        caption="Policies trained on D4RL's own datasets. minGRU, minLSTM, DAaren and DS4 carry their state through "
+        "the episode. DT and DMamba reread the last 20 steps at each step, as published.",
         column="dataset",
         settings=DECISION_SCALE,
         more=DECISION_COLUMNS,
@@ -212,16 +215,17 @@ TABLES = {
     ),
     "table1_layers": Table(
         title="Table 1: layers",
-        caption="Selective copying by number of layers.",
+        caption="Selective copying with 1, 2 and 3 layers.",
         column="layers",
         settings=COPYING_SCALE,
         chance=_chance,
     ),
     "table2_selective_copy": Table(
         title="Table 2: selective copying",
-        caption="Selective copying by architecture (none, H3, Mamba) and layer, all run here. Minimal RNNs, GRU and "
-        "LSTM have 3 layers, the others 2 as in the Mamba paper, and no weight decay; minLSTM unnormalised is the "
-        "authors' public code's, with a forget bias of 3.",
+        caption="Selective copying by architecture (no gate, H3, Mamba) and sequence layer. We trained every row. "
+        "minGRU, minLSTM, GRU and LSTM have 3 layers. The other models have 2 layers and no weight decay, as in the "
+        "Mamba paper. minLSTM unnormalised follows the authors' public code: gates that are not normalised, and a "
+        "forget bias of 3.",
         column=None,
         settings=COPYING_SCALE,
         chance=_chance,
@@ -234,7 +238,7 @@ TABLES = {
     ),
     "forget_bias": Table(
         title="Figure 5: bias of the forget gate",
-        caption="minLSTM with 3 layers on selective copying, the forget gate's bias starting from so much.",
+        caption="minLSTM with 3 layers on selective copying, by the initial bias of its forget gate.",
         column=None,
         settings=COPYING_SCALE,
         chance=_chance,
@@ -242,28 +246,27 @@ TABLES = {
     ),
     **{
         f"{experiment}_learning_rate": Table(
-            title=f"{name}: choice of the learning rate",
+            title=f"{name}: learning rates",
             caption=text,
             column="learning rate",
             settings=settings,
             wide=True,
         )
         for experiment, name, settings, text in (
-            ("charlm", "Character model", LANGUAGE_SCALE, f"{SHORT} A row of the tables above has the best rate."),
+            ("charlm", "Character model", LANGUAGE_SCALE, f"{SHORT} {CHOSEN}"),
             (
                 "selective_copy",
                 "Selective copying",
                 COPYING_SCALE,
-                f"{SHORT} The two best rates of a row go on to the next table: at a third of the steps most models are "
-                "on their first slope, where a high rate looks better than it ends.",
+                f"{SHORT} The two best rates of each row go on to the next table. After a third of the steps most "
+                "models are still on their first slope, where a high rate looks better than it ends.",
             ),
-            ("decision", "Decision RNNs", DECISION_SCALE, f"{SHORT} A row of the tables above has the best rate."),
+            ("decision", "Decision RNNs", DECISION_SCALE, f"{SHORT} {CHOSEN}"),
         )
     },
     FINAL: Table(
-        title="Selective copying: choice of the learning rate, all steps",
-        caption="The two rates of the table before that were best for each row, with all steps and the same seed of "
-        "their own. A row of the tables above has the best rate.",
+        title="Selective copying: learning rates, all steps",
+        caption=f"The two best rates of each row of the previous table, now for all steps, on the same seed. {CHOSEN}",
         column="learning rate",
         settings=COPYING_SCALE,
         wide=True,

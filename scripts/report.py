@@ -1,16 +1,16 @@
 """The report from records alone: `python -m scripts.report`. Needs no torch.
 
-`results/REPORT.md` has the paper's scale and profile cpu, `results/REPORT_smoke.md` profile smoke. What it finds in
-words follows from the numbers by fixed rules; unconfirmed values of the paper are never judged by.
+`results/REPORT.md` has the paper's scale and profile cpu, `results/REPORT_smoke.md` profile smoke. Its verdicts follow
+from the numbers by fixed rules, and never from a value of the paper that no source confirms.
 """
 
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.tables import renew_readme
-from scripts import efficiency
-from scripts.plan import FINAL, METRICS, TABLES, commonest
+from scripts import efficiency, summary
+from scripts.pages import renew
+from scripts.plan import CELLS, FINAL, METRICS, TABLES, commonest
 from scripts.plan import runs as plan_runs
 from scripts.tables import (
     PAPER,
@@ -41,20 +41,26 @@ NEAR = 0.05  # nats: how near to the Transformer the minimal RNNs are to come
 FIGURES = (
     (
         "{table}{suffix}",
-        "Means with standard deviations. Hollow: the paper's, where the scale is its own († unconfirmed).",
+        "Test accuracy: mean and standard deviation over seeds. Hollow markers are the paper's values, drawn at the "
+        "paper's scale only († unconfirmed).",
     ),
-    ("{table}_accuracy{suffix}", "Mean over seeds, in a band from the least to the greatest."),
-    ("{table}_steps{suffix}", "Evaluations in training: mean over seeds, in a band from the least to the greatest."),
-    ("{table}_target{suffix}", "What was got where so much was asked for; dashed: as asked."),
+    ("{table}_accuracy{suffix}", "Validation accuracy: mean over seeds. The band spans the lowest and highest seed."),
+    (
+        "{table}_steps{suffix}",
+        "Score of evaluations during training: mean over seeds. The band spans the lowest and highest seed.",
+    ),
+    ("{table}_target{suffix}", "Score reached against score asked for. On the dashed line they are equal."),
     (
         "{table}_interquartile{suffix}",
-        "Last weights, over the datasets that every model has with all its seeds, with 95 % of a bootstrap.",
+        "Interquartile mean of the scores of the last weights, with a 95 % bootstrap interval, over the datasets that "
+        "every model has with all its seeds.",
     ),
-    (
-        "{table}_loss{suffix}",
-        "Loss: mean over seeds, in a band from the least to the greatest. Of a character model the validation loss, "
-        "its axis cut; time is that of training, without evaluations.",
-    ),
+    ("{table}_loss{suffix}", "Training loss: mean over seeds. The band spans the lowest and highest seed."),
+)
+RATES = "Best validation value of each model against its learning rate, on one seed."
+LANGUAGE = (
+    "Validation loss against steps and against training time without evaluations: mean over seeds. The band spans the "
+    "lowest and highest seed. The vertical axis is cut."
 )
 
 
@@ -69,13 +75,13 @@ def layers_found(profile: str, found: list[Entry]) -> list[str]:
             continue
         deepest = mine[-1]
         verdict = "above" if deepest.mean() > HIGH else "not above"
-        said.append(f"{model} with {deepest.cell.column} layers: {_said(deepest)}, {verdict} {HIGH:g} %.")
+        said.append(f"{model} with {deepest.cell.column} layers reaches {_said(deepest)}, {verdict} {HIGH:g} %.")
         if len(mine) > 1:
             rises = all(low.mean() < high.mean() for low, high in zip(mine, mine[1:], strict=False))
             order = " → ".join(f"{entry.metric.format(entry.mean())}" for entry in mine)
             numbers = ", ".join(entry.cell.column for entry in mine)
             said.append(
-                f"{model}: accuracy {'rises' if rises else 'does not rise'} with each layer ({numbers}: {order})."
+                f"The accuracy of {model} {'rises' if rises else 'does not rise'} with each layer ({numbers}: {order})."
             )
     return said
 
@@ -88,15 +94,15 @@ def copying_found(profile: str, found: list[Entry]) -> list[str]:
             level, counting = TABLES[entry.cell.table].chance(config), commonest(config)
             verdict = "no more than" if entry.mean() <= counting else "more than"
             said.append(
-                f"{entry.cell.row} (time-invariant): {_said(entry)}, {verdict} the {counting:.1f} % of naming the "
-                f"commonest symbol, which takes no knowledge of order; chance is {level:.1f} %."
+                f"{entry.cell.row}, a time-invariant layer, reaches {_said(entry)}, {verdict} the {counting:.1f} % of "
+                f"always naming the commonest symbol, which needs no order; chance is {level:.1f} %."
             )
     done = sorted((entry for entry in found if entry.done), key=lambda entry: -entry.mean())
     if len(done) > 1:
         names = [f"{entry.cell.row} {entry.metric.format(entry.mean())}" for entry in done]
         above = sum(entry.mean() > HIGH for entry in done)
         said.append(
-            f"Above {HIGH:g} %: {', '.join(names[:above]) or 'none'}. Below: {', '.join(names[above:]) or 'none'}."
+            f"Above {HIGH:g} %: {', '.join(names[:above]) or 'none'}. Not above: {', '.join(names[above:]) or 'none'}."
         )
     return said
 
@@ -110,10 +116,8 @@ def bias_found(profile: str, found: list[Entry]) -> list[str]:
     means = [100 * sum(values) / len(values) for values in curves]
     rises = all(low < high for low, high in zip(means, means[1:], strict=False))
     listed = " → ".join(f"{mean:.1f} ({entry.cell.row})" for mean, entry in zip(means, done, strict=True))
-    return [
-        f"Mean accuracy over training: {listed}. It {'rises' if rises else 'does not rise'} with each larger bias, as "
-        f"the paper's Figure 5 {'has' if rises else 'would have'} it."
-    ]
+    verdict = "rises with each larger bias, as in" if rises else "does not rise with each larger bias, unlike in"
+    return [f"The mean accuracy over training {verdict} the paper's Figure 5: {listed} %."]
 
 
 def language_found(profile: str, found: list[Entry]) -> list[str]:
@@ -122,12 +126,15 @@ def language_found(profile: str, found: list[Entry]) -> list[str]:
     if transformer is None or len(done) < 2:
         return []
     order = [f"{entry.cell.row} {entry.mean('best'):.3f}" for entry in done]
-    said = [f"From the least loss: {', '.join(order)}."]
+    said = [f"Models by validation loss, lowest first: {', '.join(order)}."]
     for entry in done:
         if entry.cell.row in ("minGRU", "minLSTM"):
             above = entry.mean("best") - transformer.mean("best")
-            verdict = "within" if above <= NEAR else "not within"
-            said.append(f"{entry.cell.row} - Transformer: {above:+.3f} nats, {verdict} {NEAR} of it (or better).")
+            verdict = "meets" if above <= NEAR else "misses"
+            said.append(
+                f"{entry.cell.row} minus Transformer is {above:+.3f} nats, which {verdict} the criterion of at most "
+                f"+{NEAR}."
+            )
     # Of the mean curve, so that a step belongs to it: the mean of the seeds' own best points is no point of any curve.
     curve, ratios = mean_curve(transformer), []
     level = min(curve.values())
@@ -135,11 +142,10 @@ def language_found(profile: str, found: list[Entry]) -> list[str]:
     for entry in done:
         reached = None if entry is transformer else first_step_at(entry, level)
         if reached is not None:
-            ratios.append(f"{entry.cell.row} after {reached:,} (the Transformer: {step / reached:.1f} times as many)")
+            ratios.append(f"{entry.cell.row} {reached:,} ({step / reached:.1f} x)")
     said.append(
-        f"The Transformer's mean curve is lowest at step {step:,}, {level:.3f}; the first step at which another's "
-        f"is no higher: {'; '.join(ratios) or 'none comes so low'}. The paper compares each model's own best step, "
-        "about 2000 for the Transformer and 575 for minGRU, in its words about 2.5 times as many."
+        f"The Transformer's mean curve is lowest at step {step:,} ({level:.3f}). Steps in which others reach "
+        f"that loss, and the Transformer's steps over theirs: {', '.join(ratios) or 'none reaches it'}."
     )
     turned = []
     for entry in done:
@@ -147,7 +153,8 @@ def language_found(profile: str, found: list[Entry]) -> list[str]:
         rise = values[max(values)] - min(values.values())
         if rise > TURNED:
             turned.append(f"{entry.cell.row} (by {rise:.3f})")
-    said.append(f"Ends more than {TURNED} nats above its lowest point, and so overfits: {', '.join(turned) or 'none'}.")
+    listed = ", ".join(turned) or "none"
+    said.append(f"Models that overfit, ending more than {TURNED} nats above their lowest point: {listed}.")
     return said + (distances(found, 0.02) if profile == "paper" else [])
 
 
@@ -167,7 +174,9 @@ def distances(found: list[Entry], most: float) -> list[str]:
     for entry in found:
         if entry.done and entry.paper:
             verdict = "within" if abs(entry.mean("best") - entry.paper.value) <= most else "not within"
-            said.append(f"{entry.cell.row}: {entry.mean('best'):.3f}, {verdict} {most} of the published loss.")
+            said.append(
+                f"{entry.cell.row} reaches {entry.mean('best'):.3f}, {verdict} {most} nats of the published loss."
+            )
     return said
 
 
@@ -176,7 +185,7 @@ def calibration_found(profile: str, found: list[Entry]) -> list[str]:
     for entry in found:
         if entry.done:
             seconds = entry.done[0]["steps"] * seconds_a_step(entry.done)
-            said.append(f"{entry.cell.row}: {seconds:.0f} s of training, without evaluations, beside other runs.")
+            said.append(f"{entry.cell.row} trains for {seconds:.0f} s, evaluations not counted, beside other runs.")
     return said
 
 
@@ -190,7 +199,7 @@ def convention_found(profile: str, found: list[Entry]) -> list[str]:
             if row != "Transformer" and {row, "Transformer"} <= set(here):
                 gaps.append(f"{here[row].mean('best') - here['Transformer'].mean('best'):+.3f} ({convention})")
         if gaps:
-            said.append(f"{row} - Transformer, validation loss at the best point in nats: {', '.join(gaps)}.")
+            said.append(f"{row} minus Transformer, best validation loss in nats: {', '.join(gaps)}.")
     return said
 
 
@@ -202,7 +211,7 @@ def rates_found(profile: str, found: list[Entry]) -> list[str]:
         if all(entry.done for entry in mine):
             chosen = best_rate(mine)
             edge = len(mine) > 2 and chosen in (mine[0].cell.column, mine[-1].cell.column)
-            said.append(f"{row}: {chosen}" + (" (at the edge of what was tried)" if edge else "") + ".")
+            said.append(f"{row}: {chosen}" + (" (at the edge of the rates tried)" if edge else "") + ".")
     return said
 
 
@@ -218,21 +227,21 @@ def decision_found(profile: str, found: list[Entry]) -> list[str]:
         seeds = common_seeds(mine)
         here = {entry.cell.row: entry.of_seeds(seeds) for entry in mine if entry.done}
         if len(seeds) < 2:
-            said += [f"{dataset}: {len(seeds)} seed in common, and nothing is concluded from one."] if here else []
+            said += [f"{dataset}: the models share {len(seeds)} seed, too few for a verdict."] if here else []
             continue
         judge = here.get("DT")
         for row in ("minGRU", "minLSTM"):
             if judge is None or row not in here:
                 continue
             below, spread = judge.mean() - here[row].mean(), judge.std()
-            verdict = "within" if below <= spread else "not within"
-            verdict += f" DT's standard deviation of {spread:.1f} (or better)"
-            said.append(f"{dataset}: {row} {here[row].mean():.1f}, DT {judge.mean():.1f}; {verdict}.")
+            verdict = "by no more than" if below <= spread else "by more than"
+            verdict = "no lower" if below <= 0 else f"lower {verdict} DT's standard deviation of {spread:.1f}"
+            said.append(f"{dataset}: {row} scores {here[row].mean():.1f}, DT {judge.mean():.1f}: {verdict}.")
         for row, entry in here.items():
             ways = [entry.mean("last", METRICS[name]) for name in ("score_carried", "score_window")]
             if None not in ways:
                 said.append(
-                    f"{dataset}, {row}: {ways[0]:.1f} with its state carried, {ways[1]:.1f} with a context of 20."
+                    f"{dataset}: {row} scores {ways[0]:.1f} with its state carried, {ways[1]:.1f} with a context of 20."
                 )
         if dataset.endswith("medium-replay"):
             for row, entry in here.items():
@@ -245,7 +254,7 @@ def decision_found(profile: str, found: list[Entry]) -> list[str]:
                     f"{score} → {value:.0f}" for (score, _), value in zip(sorted(targets), got, strict=True)
                 )
                 said.append(
-                    f"{dataset}, {row}: the score {verdict} from the least to the greatest asked for ({steps})."
+                    f"{dataset}: the score of {row} {verdict} from the lowest to the highest score asked for ({steps})."
                 )
     scores = [
         (r["metrics"]["best"]["val_score"], r["metrics"]["best"]["test_score"], r["metrics"]["last"]["test_score"])
@@ -255,9 +264,9 @@ def decision_found(profile: str, found: list[Entry]) -> list[str]:
     if scores:
         chosen, best, last = (sum(values) / len(values) for values in zip(*scores, strict=True))
         said.append(
-            f"Over all {len(scores)} runs the best evaluation in training scores {chosen:.1f}, the weights of that "
-            f"point on fresh episodes {best:.1f}, the last weights {last:.1f}: {chosen - best:.1f} points of the best "
-            f"evaluation are selection, {best - last:.1f} are better weights."
+            f"Mean over all {len(scores)} runs: best evaluation in training {chosen:.1f}, its weights on fresh "
+            f"episodes {best:.1f}, last weights {last:.1f}. Selection gives {chosen - best:.1f} points, better weights "
+            f"{best - last:.1f}."
         )
     return said
 
@@ -296,7 +305,7 @@ def findings(table: str, profile: str, found: list[Entry]) -> list[str]:
         return FINDINGS[table](profile, found)
     seeds = common_seeds(found)
     if len(seeds) < 2:
-        return [f"The rows have {len(seeds)} seed in common, and nothing is concluded from one."] if seeds else []
+        return [f"The rows share {len(seeds)} seed, too few for a verdict."] if seeds else []
     return FINDINGS[table](profile, [entry.of_seeds(seeds) for entry in found])
 
 
@@ -310,8 +319,8 @@ def compared_with_paper(found: list[Entry]) -> list[str]:
     if not judged:
         return []
     return [
-        f"Mean ± standard deviation meets the paper's (confirmed values only): {'; '.join(meets) or 'none'}. "
-        f"Does not: {'; '.join(apart) or 'none'}."
+        f"Mean ± standard deviation overlaps the paper's (confirmed values only): {'; '.join(meets) or 'none'}. "
+        f"No overlap: {'; '.join(apart) or 'none'}."
     ]
 
 
@@ -350,7 +359,7 @@ def times(records: Records) -> list[str]:
         if done:
             minutes = sum(record["seconds"] for record in done) / 60 / max(r["hardware"]["cores"] for r in done)
             said.append(
-                f"{text}: {minutes:.0f} minutes for {len(done)} of {len(wanted)} runs on {'; '.join(machines(done))}"
+                f"{text}: {minutes:.0f} minutes for {len(done)} of {len(wanted)} runs, on {'; '.join(machines(done))}"
             )
     return said
 
@@ -359,7 +368,6 @@ def times(records: Records) -> list[str]:
 
 
 def section(folder: Path, table: str, profile: str, found: list[Entry]) -> str:
-    suffix = "" if profile == "paper" else f"_{profile}"
     own_scale = profile != "paper" and profile in TABLES[table].published_scale
     parts = [
         f"## {TABLES[table].title}" + ("" if own_scale else f", {PROFILE_NAMES[profile]}"),
@@ -370,18 +378,31 @@ def section(folder: Path, table: str, profile: str, found: list[Entry]) -> str:
     said = findings(table, profile, found)
     said += compared_with_paper(found) if profile == "paper" else []
     said += blank(found)
-    parts.append("\n".join(f"- {line}" for line in said))
+    parts.append(_list(said))
     failures = troubles(found)
     if failures:
-        parts.append("Failed or diverged:\n\n" + "\n".join(f"- {line}" for line in failures))
-    for name, text in FIGURES:
-        path = f"figures/{name.format(table=table, suffix=suffix)}.png"
-        if (folder / path).exists():
-            parts.append(f"![{TABLES[table].title}]({path})\n\n*{text}*")
+        parts.append("Failed or diverged:\n\n" + _list(failures))
+    parts.append(figures(folder, table, profile, ""))
     parts.append(
         runs(profile, found) + f"\n\nAs data: [{file_name(table, profile)}.csv](tables/{file_name(table, profile)}.csv)"
     )
     return "\n\n".join(filter(None, parts))
+
+
+def figures(folder: Path, table: str, profile: str, place: str) -> str:
+    """Those of a table that were drawn, each with its caption; `place` stands before their path."""
+    suffix, shown = "" if profile == "paper" else f"_{profile}", []
+    for name, text in FIGURES:
+        path = f"figures/{name.format(table=table, suffix=suffix)}.png"
+        if (folder / path).exists():
+            text = RATES if TABLES[table].column == "learning rate" else text
+            text = LANGUAGE if METRICS["val_loss_nats"].key in _metrics(table) and "_loss" in path else text
+            shown.append(f"![{TABLES[table].title}]({place}{path})\n\n*{text}*")
+    return "\n\n".join(shown)
+
+
+def _metrics(table: str) -> set[str]:
+    return {METRICS[cell.metric].key for cell in CELLS if cell.table == table}
 
 
 def runs(profile: str, found: list[Entry]) -> str:
@@ -429,7 +450,7 @@ def page(results_dir: str | Path, profiles: tuple[str, ...], records: Records, p
     shown |= {part.record["run_id"]: part.record for parts in measured.values() for part in parts.values()}
     parts = [
         "# Results",
-        "Made by `make report` from the records in `runs/`; numbers and words follow from them by rule.",
+        "`make report` writes this page from the records in `runs/`. Fixed rules turn their numbers into verdicts.",
         made_with(list(shown.values())),
     ]
     parts += [section(Path(results_dir), *table) for table in sections]
@@ -443,11 +464,8 @@ def efficiency_section(folder: Path, profile: str, machine: str, parts: dict[str
     if "train" in parts:
         said.append(efficiency_claims(parts, read_paper(paper)).strip())
     found = efficiency.findings(parts) if profile != "smoke" else []
-    said.append("\n".join(f"- {line}" for line in found + efficiency.left_out(parts)))
-    for name, (part, text) in efficiency.FIGURES.items():
-        path = f"figures/efficiency_{name}_{ending}.png"
-        if part in parts and (folder / path).exists():
-            said.append(f"![{text}]({path})\n\n*{text} {efficiency.caption(parts[part])}*")
+    said.append(_list(found + efficiency.left_out(parts)))
+    said.append(efficiency_figures(folder, ending, parts, ""))
     for part in parts.values():
         said.append(efficiency.caption(part) + "\n\n" + markdown_grid(*efficiency.grid(part)))
     records = [
@@ -455,6 +473,35 @@ def efficiency_section(folder: Path, profile: str, machine: str, parts: dict[str
     ]
     said.append(f"Records: {', '.join(records)}. As data: [csv](tables/efficiency_{ending}.csv)")
     return "\n\n".join(filter(None, said))
+
+
+def efficiency_figures(folder: Path, ending: str, parts: dict[str, efficiency.Part], place: str) -> str:
+    shown = []
+    for name, (part, text) in efficiency.FIGURES.items():
+        path = f"figures/efficiency_{name}_{ending}.png"
+        if part in parts and (folder / path).exists():
+            shown.append(f"![{text}]({place}{path})\n\n*{text} {efficiency.caption(parts[part])}*")
+    return "\n\n".join(shown)
+
+
+def blocks(results_dir: str | Path, paper: Path = PAPER) -> dict[str, str]:
+    """What the pages show, by the names of their marks; those of docs/ find figures in ../results."""
+    folder, place = Path(results_dir), f"../{results_dir}/"
+    records = load(folder)
+    found = {"found:times": _list(times(records))} | summary.blocks(folder, paper)
+    for table, profile, cells in measured_tables(records, paper):
+        name = file_name(table, profile)
+        found[f"found:{name}"] = _list(findings(table, profile, cells))
+        found[f"figure:{name}"] = figures(folder, table, profile, place)
+    for key, parts in efficiency.load(folder).items():
+        name = f"efficiency_{efficiency.slug(*key)}"
+        found[f"found:{name}"] = _list(efficiency.findings(parts))
+        found[f"figure:{name}"] = efficiency_figures(folder, efficiency.slug(*key), parts, place)
+    return found
+
+
+def _list(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def write_all(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:
@@ -469,18 +516,13 @@ def write_all(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:
 
 
 def main() -> None:
-    """README shows what was found in its own results folder, between its marks."""
+    """Pages show what was found in their own results folder."""
     results_dir = results_dir_argument(__doc__.splitlines()[0])
     for path in write_all(results_dir):
         print(path)
     if results_dir == "results":
-        for table, profile, found in measured_tables(load(results_dir)):
-            bullets = "\n".join(f"- {line}" for line in findings(table, profile, found))
-            renew_readme(f"found:{file_name(table, profile)}", bullets)
-        renew_readme("found:times", "\n".join(f"- {line}" for line in times(load(results_dir))))
-        for key, parts in efficiency.load(results_dir).items():
-            bullets = "\n".join(f"- {line}" for line in efficiency.findings(parts))
-            renew_readme(f"found:efficiency_{efficiency.slug(*key)}", bullets)
+        for name, text in blocks(results_dir).items():
+            renew(name, text)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import renew_readme
 from experiments import files
 from experiments.config import PROFILES, run_id
 from experiments.records import MOST_BYTES, RecordError, read_records
 from scripts import efficiency
+from scripts.pages import renew, write
 from scripts.plan import CELLS, CHOICE_SEED, METRICS, TABLES, Cell, Metric, Table
 
 PAPER = Path(__file__).parent.parent / "results" / "paper.csv"
@@ -31,7 +31,7 @@ COLUMNS = (
     *("paper", "paper_confirmed", "run_ids"),
 )
 
-NOT_PAPERS = "No value in the paper's column: not in the paper."
+NOT_PAPERS = "A blank in the paper's column: the paper has no such row."
 
 Records = dict[str, dict[str, Any]]  # by run id
 
@@ -249,29 +249,38 @@ def caption(table: str, profile: str, found: list[Entry]) -> str:
     own = profile in shown.published_scale
     records = [record for entry in found for record in (*entry.done, *entry.others)]
     labels = " and ".join(dict.fromkeys(entry.metric.label for entry in found))
-    scale = ", ".join(
-        f"{name} {_values(key, [record['config'] for record in records])}"
-        + ("" if own else f" (paper: {_values(key, [e.cell.paper_scale() for e in found])})")
-        for key, name in shown.settings
-    )
     seeds = sorted({record["seed"] for record in records})
-    text = f"{TABLES[table].caption} {labels[0].upper()}{labels[1:]}, mean ± standard deviation of a sample (ddof = 1) "
-    text += f"over n runs ({'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}). Last: after the last "
-    text += "step; best: at the step of the best validation. "
+    text = f"{TABLES[table].caption} {labels[0].upper()}{labels[1:]}: mean ± sample standard deviation (ddof = 1) over "
+    text += f"n runs ({_seeds(seeds)}), after the last step (last) and at the step with the best validation (best). "
     if len({len(entry.done) for entry in found if entry.done}) > 1:
-        text += f"Rows differ in n; all have seed {', '.join(map(str, common_seeds(found))) or 'none'} in common. "
+        shared = common_seeds(found)
+        text += f"Rows differ in n; they share {_seeds(shared)}. "
     if any(record["config"]["eval"].get("whole") for record in records):
         patience = sorted(
             {record["config"]["train"]["patience"] for record in records if record["config"]["eval"]["whole"]}
         )
-        text += "The validation loss is that of all validation text, and training ends after "
-        text += f"{' or '.join(map(str, patience))} evaluations without a lower one. "
+        text += "Validation uses the whole validation text, and training ends after "
+        text += f"{' or '.join(map(str, patience))} evaluations without a lower loss. "
+    sizes = scale(table, found)
     if own:
-        text += f"{'The paper' if shown.published == 'paper' else shown.published}'s scale: {scale}. "
+        listed = ", ".join(f"{name} {ours}" for name, ours, _ in sizes)
+        text += f"{'The paper' if shown.published == 'paper' else shown.published}'s scale: {listed}. "
     else:
-        text += f"Scaled down (profile {profile}): {scale}. "
-        text += "The paper's values are those of its own scale. " if any(entry.paper for entry in found) else ""
+        listed = ", ".join(f"{name} {ours} (paper: {theirs})" for name, ours, theirs in sizes)
+        text += f"Scaled down (profile {profile}): {listed}. "
+        text += "The paper's values are from the paper's own scale. " if any(entry.paper for entry in found) else ""
     return text + f"Run on {'; '.join(machines(records))}."
+
+
+def scale(table: str, found: list[Entry]) -> list[tuple[str, str, str]]:
+    """The settings that make a run large or small: name, ours, the paper's."""
+    ours = [record["config"] for entry in found for record in (*entry.done, *entry.others)]
+    theirs = [entry.cell.paper_scale() for entry in found]
+    return [(name, _values(key, ours), _values(key, theirs)) for key, name in TABLES[table].settings]
+
+
+def _seeds(seeds: list[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else "no seed"
 
 
 def _values(key: str, configs: list[dict[str, Any]]) -> str:
@@ -287,26 +296,27 @@ def machines(records: list[dict[str, Any]]) -> list[str]:
 
 def _cores(hardware: dict[str, Any]) -> str:
     threads = hardware.get("threads")
-    return f"{hardware['cores']} cores" + ("" if threads is None else f", {threads} of them a run")
+    said = "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''} per run"
+    return f"{hardware['cores']} cores{said}"
 
 
 def notes(found: list[Entry]) -> list[str]:
     said = []
     if any(entry.paper and not entry.paper.confirmed for entry in found):
-        said.append("† unconfirmed: recalled, and found in no source that could be reached.")
+        said.append("† Unconfirmed: recalled, and not found in any source we could reach.")
     if any(entry.paper and "translation" in entry.paper.source for entry in found):
-        said.append("The paper's values are read in a translation of it.")
+        said.append("The paper's values come from a translation of it.")
     if any(entry.paper is None for entry in found) and any(entry.paper for entry in found):
         whose = TABLES[found[0].cell.table].published
-        said.append(f"No value in the column {whose}: it has none." if whose != "paper" else NOT_PAPERS)
+        said.append(f"A blank in the column {whose}: {whose} states no value." if whose != "paper" else NOT_PAPERS)
     return said
 
 
-def markdown_grid(header: list[str], lines: list[list[str]]) -> str:
-    """Aligned in the source too. Numbers stand to the right."""
+def markdown_grid(header: list[str], lines: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
+    """Aligned in the source too: to the right, where numbers stand, but for the columns `left`."""
     widths = [max(2, *(len(line[i]) for line in (header, *lines))) for i in range(len(header))]
-    pad = [str.ljust if i == 0 else str.rjust for i in range(len(header))]
-    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    pad = [str.ljust if i in left else str.rjust for i in range(len(header))]
+    rule = ["-" * width if i in left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
 
     def line(cells):
         return "| " + " | ".join(f(cell, width) for f, cell, width in zip(pad, cells, widths, strict=True)) + " |"
@@ -373,13 +383,6 @@ def file_name(table: str, profile: str) -> str:
     return table if profile == "paper" else f"{table}_{profile}"
 
 
-def write(path: Path, content: str) -> None:
-    """Whole or not at all, and only where it differs: several planners renew the same files."""
-    if path.exists() and path.read_text() == content:
-        return
-    files.write(path, content)
-
-
 def measured_tables(records: Records, paper: Path = PAPER) -> Iterator[tuple[str, str, list[Entry]]]:
     """(table, profile, its cells) of each that has any record."""
     values = read_paper(paper)
@@ -409,19 +412,34 @@ def write_efficiency(results_dir: str | Path, paper: Path = PAPER) -> list[Path]
         ending = efficiency.slug(profile, machine)
         folder = Path(results_dir) / "tables"
         write(folder / f"efficiency_{ending}.csv", efficiency.long(parts))
-        texts = {"claims": efficiency_claims(parts, values)} if "train" in parts else {}
-        for name, part in parts.items():
-            texts[name] = f"{efficiency.caption(part)}\n\n{markdown_grid(*efficiency.grid(part))}\n"
-        for name, text in texts.items():
+        for name, text in efficiency_texts(parts, values).items():
             path = folder / f"efficiency_{name}_{ending}.md"
             write(path, text)
             written.append(path)
     return written
 
 
+def efficiency_texts(parts: dict[str, efficiency.Part], values: dict) -> dict[str, str]:
+    texts = {"claims": efficiency_claims(parts, values)} if "train" in parts else {}
+    for name, part in parts.items():
+        texts[name] = f"{efficiency.caption(part)}\n\n{markdown_grid(*efficiency.grid(part))}\n"
+    return texts
+
+
 def efficiency_claims(parts: dict[str, efficiency.Part], values: dict) -> str:
     found = {row: value.value for (table, row, _, _), value in values.items() if table == "efficiency"}
     return f"{efficiency.CLAIMED} {parts['train'].machine}.\n\n{markdown_grid(*efficiency.claims_grid(parts, found))}\n"
+
+
+def blocks(results_dir: str | Path, paper: Path = PAPER) -> dict[str, str]:
+    """What the pages show, by the names of their marks: every file for reading."""
+    found, values = {}, read_paper(paper)
+    for table, profile, cells in measured_tables(load(results_dir), paper):
+        found[f"table:{file_name(table, profile)}"] = markdown(table, profile, cells)
+    for key, parts in efficiency.load(results_dir).items():
+        for name, text in efficiency_texts(parts, values).items():
+            found[f"table:efficiency_{name}_{efficiency.slug(*key)}"] = text
+    return found
 
 
 def results_dir_argument(description: str) -> str:
@@ -442,12 +460,13 @@ def command(main: Callable[[], int | None]) -> None:
 
 
 def main() -> None:
-    """README shows the tables of its own results folder, between their marks."""
+    """Pages show the tables of their own results folder."""
     results_dir = results_dir_argument(__doc__.splitlines()[0])
     for path in write_all(results_dir):
         print(path)
-        if results_dir == "results":
-            renew_readme(f"table:{path.stem}", path.read_text())
+    if results_dir == "results":
+        for name, text in blocks(results_dir).items():
+            renew(name, text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What graph capture can and cannot do with the layers: each line of README's list."""
+"""What graph capture can and cannot do with the layers: each line of the list in docs/library.md."""
 
 import pytest
 import torch

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import data, files, launch, records
-from experiments.config import FORMER, MODELS, PROFILES, run_id, typed
+from experiments import data, files, records
+from experiments.config import FORMER, MODELS, PROFILES, run_id
 from experiments.decision import data as decision_data
 from experiments.launch import compose
-from scripts import figures, migrate, plan, report, reproduce, tables
+from scripts import figures, migrate, plan, report, reproduce, summary, tables
 
 ROOT = Path(__file__).parent.parent
 SENTINEL = 77777.7
@@ -200,9 +200,9 @@ def test_only_the_papers_own_scale_is_compared_with_it(tmp_path):
         paper, cpu = ((tmp_path / f"tables/{table}{suffix}.md").read_text() for suffix in ("", "_cpu"))
         assert "ours - paper" in paper and "ours - paper" not in cpu
         assert "Scaled down" in cpu and f"body length {config['data']['length']} (paper: 4,096)" in cpu
-        assert "steps 400,000" in paper and "Some CPU (2 cores, 1 of them a run)" in paper and "seeds 0, 1" in paper
-    assert "meets the paper's" in report.page(tmp_path, ("paper",), tables.load(tmp_path), tables.PAPER)
-    assert "meets the paper's" not in report.page(tmp_path, ("cpu",), tables.load(tmp_path), tables.PAPER)
+        assert "steps 400,000" in paper and "Some CPU (2 cores, 1 thread per run)" in paper and "seeds 0, 1" in paper
+    assert "overlaps the paper's" in report.page(tmp_path, ("paper",), tables.load(tmp_path), tables.PAPER)
+    assert "overlaps the paper's" not in report.page(tmp_path, ("cpu",), tables.load(tmp_path), tables.PAPER)
 
 
 def test_a_table_of_a_scaled_profile_alone_names_the_papers_scale(tmp_path):
@@ -226,7 +226,7 @@ def test_unconfirmed_values_are_marked_everywhere(tmp_path):
     tables.write_all(tmp_path)
     text = (tmp_path / "tables/table1_layers.md").read_text()
     marked = [line for line in text.splitlines() if line.startswith("| min") and "†" in line]
-    assert len(marked) == 4 and "† unconfirmed" in text
+    assert len(marked) == 4 and "† Unconfirmed" in text
     assert not any(line.split("|")[2].strip() == "3" for line in marked)
     latex = (tmp_path / "tables/table1_layers.tex").read_text()
     assert latex.count(r"$^\dagger$") == 5 and r"\toprule" in latex and r", \%" in latex and "±" not in latex
@@ -272,7 +272,7 @@ def test_the_report_says_what_the_numbers_say(tmp_path):
         put(tmp_path, make_record(find("cpu", label, 1)[0], value))
     report.write_all(tmp_path)
     page = (tmp_path / "REPORT.md").read_text()
-    assert "The rows have 1 seed in common, and nothing is concluded from one." in page and "above 95" not in page
+    assert "The rows share 1 seed, too few for a verdict." in page and "above 95" not in page
     for label, value in (
         ("minGRU, layers 1", 0.44), ("minGRU, layers 2", 0.92), ("minGRU, layers 3", 0.99), ("No gate S4", 0.12),
         ("minLSTM, layers 1", 0.5), ("minLSTM, layers 2", 0.4), ("minLSTM, layers 3", 0.95),
@@ -281,12 +281,12 @@ def test_the_report_says_what_the_numbers_say(tmp_path):
     put(tmp_path, make_record(find("cpu", "No gate S4")[2], 0.9))  # a seed that the other rows do not have
     report.write_all(tmp_path)
     page = (tmp_path / "REPORT.md").read_text()
-    assert "minGRU with 3 layers: 99.0 ± 0.0 % (n = 2), above 95 %." in page
-    assert "minLSTM with 3 layers: 95.0 ± 0.0 % (n = 2), not above 95 %." in page
-    assert "Rows differ in n; all have seed 0, 1 in common." in page
-    assert "minGRU: accuracy rises with each layer (1, 2, 3: 44.0 → 92.0 → 99.0)." in page
-    assert "minLSTM: accuracy does not rise with each layer" in page
-    assert "No gate S4 (time-invariant): 12.0 ± 0.0 % (n = 2), no more than the 20.4 % of naming the commonest" in page
+    assert "minGRU with 3 layers reaches 99.0 ± 0.0 % (n = 2), above 95 %." in page
+    assert "minLSTM with 3 layers reaches 95.0 ± 0.0 % (n = 2), not above 95 %." in page
+    assert "Rows differ in n; they share seeds 0, 1." in page
+    assert "The accuracy of minGRU rises with each layer (1, 2, 3: 44.0 → 92.0 → 99.0)." in page
+    assert "The accuracy of minLSTM does not rise with each layer" in page
+    assert "No gate S4, a time-invariant layer, reaches 12.0 ± 0.0 % (n = 2), no more than the 20.4 % of" in page
     for link in re.findall(r"\]\((runs/[^)]+)\)", page):
         assert (tmp_path / link).exists()
     put(tmp_path, make_record(find("smoke", "GRU", 1)[0], 0.1))
@@ -309,15 +309,15 @@ def test_what_is_said_of_character_models(tmp_path):
             put_curve(run, at_1000 + 0.1 * i, last + 0.1 * i)
     report.write_all(tmp_path)
     page = (tmp_path / "REPORT.md").read_text()
-    assert "From the least loss: minGRU 1.450, Transformer 1.850, minLSTM 1.950." in page
-    assert "minGRU - Transformer: -0.400 nats, within 0.05" in page
-    assert "minLSTM - Transformer: +0.100 nats, not within 0.05" in page
-    assert "The Transformer's mean curve is lowest at step 2,000, 1.850; " in page
-    assert "no higher: minGRU after 1,000 (the Transformer: 2.0 times as many)." in page
-    assert "and so overfits: none." in page
-    assert "Transformer, 4 layers, 128 wide: 1.850, within 0.03 of the published loss." in page
+    assert "lowest first: minGRU 1.450, Transformer 1.850, minLSTM 1.950." in page
+    assert "minGRU minus Transformer is -0.400 nats, which meets the criterion of at most +0.05." in page
+    assert "minLSTM minus Transformer is +0.100 nats, which misses the criterion" in page
+    assert "The Transformer's mean curve is lowest at step 2,000 (1.850). " in page
+    assert "the Transformer's steps over theirs: minGRU 1,000 (2.0 x)." in page
+    assert "above their lowest point: none." in page
+    assert "Transformer, 4 layers, 128 wide reaches 1.850, within 0.03 nats of the published loss." in page
     # 12 blocks of 64 characters at 100,000 a second, 2000 times
-    assert "Transformer, 4 layers, 128 wide: 15 s of training" in page
+    assert "Transformer, 4 layers, 128 wide trains for 15 s" in page
     row = next(line for line in page.splitlines() if line.startswith("| minGRU "))
     assert [cell.strip() for cell in row.split("|")][2:6] == [
         "1.450 ± 0.071",
@@ -345,9 +345,9 @@ def test_the_steps_of_a_claim_are_of_curves_not_of_their_lowest_points(tmp_path)
             put(tmp_path, make_record(run, 0.5, metrics=metrics, curves={"val_loss": curve}))
     report.write_all(tmp_path)
     page = (tmp_path / "REPORT.md").read_text()
-    assert "is lowest at step 1,000, 1.850; " in page
-    assert "minGRU after 1,000 (the Transformer: 1.0 times as many)." in page
-    assert "overfits: minGRU (by 0.100), Transformer (by 0.100)." in page
+    assert "is lowest at step 1,000 (1.850). " in page
+    assert "minGRU 1,000 (1.0 x)." in page
+    assert "above their lowest point: minGRU (by 0.100), Transformer (by 0.100)." in page
 
 
 def test_runs_whose_file_is_nowhere_are_left_out(tmp_path, monkeypatch, capsys):
@@ -453,7 +453,7 @@ def test_the_step_of_a_policy_is_drawn_from_the_benchmark(tmp_path):
     assert list(ours.get_ydata()) == [2, 2] and list(theirs.get_ydata()) == [1.5, 30]
 
 
-@pytest.mark.parametrize("last, said", [(0.9, "It rises with each"), (0.3, "It does not rise with each")])
+@pytest.mark.parametrize("last, said", [(0.9, "rises with each"), (0.3, "does not rise with each")])
 def test_what_is_said_of_the_forget_gates_bias(tmp_path, last, said):
     for bias, value in (("minLSTM, layers 3", 0.2), ("bias 1", 0.4), ("bias 2", 0.6), ("bias 4", last)):
         for run in find("cpu", bias, 2):
@@ -743,19 +743,6 @@ def test_every_command_that_the_report_prints_gives_its_run(tmp_path, profile):
         assert f"[{run_id(config)}](runs/{experiment}/{run_id(config)}/record.json) (seed {seed}, done)" in links
 
 
-@pytest.mark.parametrize("text", ["README.md", "results/REPORT.md"])
-def test_the_commands_that_readers_see_compose(text):
-    command = r"python -m experiments\.(selective_copy|charlm|decision|efficiency) ([^`#\n]+)"
-    found = re.findall(command, (ROOT / text).read_text())
-    assert found
-    for experiment, settings in found:
-        settings = [s for s in shlex.split(settings) if s != "-m"]
-        if "REPORT" in text:  # some hundred, of which none is a sweep
-            typed(compose(experiment, settings))
-        else:
-            launch.check(experiment, settings, multirun=True)
-
-
 def test_every_committed_record_is_what_its_folder_and_its_settings_say():
     paths = sorted((ROOT / "results/runs").glob("*/*/record.json"))
     assert paths
@@ -806,3 +793,61 @@ def test_records_of_schema_1_are_renamed_and_keep_their_numbers(tmp_path):
     put(tmp_path, gone)
     (line,) = migrate.migrate(tmp_path)
     assert "left, it can't be said in today's settings" in line and "remove it" in line
+
+
+# -- README's two tables
+
+
+def test_verdicts_follow_the_rule():
+    accuracy, loss = plan.METRICS["test_accuracy_percent"], plan.METRICS["val_loss_nats"]
+    high, low = tables.Published(99.5, 0.2, True, "x"), tables.Published(1.548, None, True, "x")
+    unconfirmed = tables.Published(99.5, 0.2, False, "x")
+    for expected, *arguments in (
+        ("not yet run", None, None, high, True, accuracy),
+        ("not at this scale", 99.9, 0.1, high, False, accuracy),
+        ("reproduced", 99.0, 0.3, high, True, accuracy),
+        ("contradicted", 99.0, 0.2, high, True, accuracy),
+        ("reproduced", 1.568, None, low, True, loss),
+        ("reproduced", 1.2, None, low, True, loss),
+        ("contradicted", 1.569, None, low, True, loss),
+        ("none (†)", 99.5, 0.2, unconfirmed, True, accuracy),
+    ):
+        assert summary.verdict(*arguments) == expected, arguments
+    for expected, *arguments in (
+        ("not yet run", None, 175, ""),
+        ("reproduced", 180, 175, "Some CPU"),
+        ("contradicted", 170, 175, "Tesla T4"),
+        ("not at this scale", 170, 175, "NVIDIA H100"),
+    ):
+        assert summary.speed_verdict(*arguments) == expected, arguments
+
+
+def test_the_reproduction_has_ours_at_the_largest_scale_that_was_run(tmp_path):
+    def lines():
+        rows = [line for line in summary.reproduction(tmp_path).splitlines() if line.startswith("| ")]
+        return {cells[0]: cells[1:] for cells in ([c.strip() for c in row.strip("|").split("|")] for row in rows)}
+
+    claim = "Selective copying: accuracy of minGRU, 3 layers"
+    before = lines()
+    assert len(before) == 2 + 12 and before[claim][1:4] == ["", "", "not yet run"]
+    assert before["Training speed: minGRU over GRU, T = 512"][:4] == ["175 x", "", "", "not yet run"]
+    for run in find("cpu", "minGRU, layers 3", 2):
+        put(tmp_path, make_record(run, 0.9))
+    assert lines()[claim][:4] == ["99.5 ± 0.2 %", "90.0 ± 0.0 %", "`cpu`, n = 2", "not at this scale"]
+    for run in find("paper", "minGRU, layers 3", 2):
+        put(tmp_path, make_record(run, 0.994))
+    assert lines()[claim][1:4] == ["99.4 ± 0.0 %", "`paper`, n = 2", "reproduced"]
+
+
+def test_the_mean_over_d4rl_waits_for_all_datasets_and_gets_no_verdict_from_unconfirmed_values(tmp_path):
+    claim = "D4RL: mean score of minGRU, 9 datasets"
+
+    def line():
+        return next(row for row in summary.reproduction(tmp_path).splitlines() if row.startswith(f"| {claim}"))
+
+    for i, dataset in enumerate(plan.DATASETS):
+        assert "not yet run" in line() and "†" in line()
+        for run in plan.runs("paper", 2):
+            if any(c.table == "table3_d4rl" and (c.row, c.column) == ("minGRU", dataset) for c in run.cells):
+                put(tmp_path, make_record(run, 0.1 * (i + 1)))
+    assert "50.0 ± 0.0 % of an expert" in line() and "`paper`, n = 2" in line() and "none (†)" in line()

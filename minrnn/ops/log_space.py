@@ -1,6 +1,6 @@
 """The paper's log-space scan (appendix B.1; the method of Heinsen, arXiv 2311.06281), for comparison only.
 
-It is less precise than the plain loop (the rounding error grows with T, see README) and is not defined for
+It is less precise than the plain loop (the rounding error grows with T, see docs/benchmarks.md) and is not defined for
 negative values, for a state of zero or for resets. Use it to compare with published code, not to train.
 """
 
