@@ -33,7 +33,6 @@ reproduce-all: $(VENV)/installed  ## every run, table, figure and the report; PR
 .PHONY: tables figures report
 tables: $(VENV)/installed  ## results/tables from the records, in seconds
 	$(BIN)/python -m scripts.tables $(INTO)
-	$(BIN)/python -m benchmarks.tables
 
 figures: $(VENV)/installed  ## results/figures from the records, in seconds
 	$(BIN)/python -m scripts.figures $(INTO)
@@ -42,8 +41,8 @@ report: $(VENV)/installed  ## results/REPORT.md from the records, in seconds
 	$(BIN)/python -m scripts.report $(INTO)
 
 .PHONY: bench
-bench: $(VENV)/installed  ## kernels, layers and a training step against peers here; renews results/tables and README
-	$(BIN)/python -m benchmarks.run
+bench: $(VENV)/installed  ## scans, layers, training steps, a policy beside others' here; renews tables, figures, README
+	$(BIN)/python -m scripts.bench $(INTO) $(if $(PROFILE),profile=$(PROFILE)) $(ARGS)
 
 .PHONY: gpu
 gpu: $(VENV)/installed  ## for a borrowed GPU: kernel tests, benchmark, then the most wanted runs; BUDGET=8m OUT=dir

@@ -8,8 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.tables import renew_readme
-from scripts import efficiency
+from scripts import efficiency, efficiency_bench, efficiency_tables
 from scripts.plan import FINAL, METRICS, TABLES, commonest
 from scripts.plan import runs as plan_runs
 from scripts.tables import (
@@ -28,6 +27,7 @@ from scripts.tables import (
     measured_tables,
     notes,
     read_paper,
+    renew_readme,
     results_dir_argument,
     seconds_a_step,
     write,
@@ -447,14 +447,20 @@ def efficiency_section(folder: Path, profile: str, machine: str, parts: dict[str
     for name, (part, text) in efficiency.FIGURES.items():
         path = f"figures/efficiency_{name}_{ending}.png"
         if part in parts and (folder / path).exists():
-            said.append(f"![{text}]({path})\n\n*{text} {efficiency.caption(parts[part])}*")
+            said.append(f"![{text}]({path})\n\n*{text} {efficiency_tables.caption(parts[part])}*")
     for part in parts.values():
-        said.append(efficiency.caption(part) + "\n\n" + markdown_grid(*efficiency.grid(part)))
+        said.append(efficiency_tables.caption(part) + "\n\n" + markdown_grid(*efficiency_tables.grid(part)))
     records = [
         f"[{part.record['run_id']}](runs/efficiency/{part.record['run_id']}/record.json)" for part in parts.values()
     ]
-    said.append(f"Records: {', '.join(records)}. As data: [csv](tables/efficiency_{ending}.csv)")
+    said.append(f"Records: {', '.join(records)}. As data: {as_data(parts, ending)}")
     return "\n\n".join(filter(None, said))
+
+
+def as_data(parts: dict[str, efficiency.Part], ending: str) -> str:
+    files = [name for name, part in parts.items() if part.kind in efficiency_bench.GRIDS]
+    files = ([""] if len(files) < len(parts) else []) + files
+    return ", ".join(f"[{name or 'csv'}](tables/efficiency_{name and name + '_'}{ending}.csv)" for name in files)
 
 
 def write_all(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:

@@ -19,10 +19,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import renew_readme
 from experiments.config import PROFILES, run_id
 from experiments.records import MOST_BYTES, RecordError, read_file, read_records
-from scripts import efficiency
+from scripts import efficiency, efficiency_bench, efficiency_tables
 from scripts.plan import CELLS, CHOICE_SEED, METRICS, TABLES, Cell, Metric, Table
 
 PAPER = Path(__file__).parent.parent / "results" / "paper.csv"
@@ -406,15 +405,19 @@ def write_all(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:
 
 
 def write_efficiency(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:
-    """A csv of each machine, and for reading what the paper claims and a table for each part."""
+    """The paper's claims and each part, for reading; as csv layers by size, and each other part."""
     written, values = [], read_paper(paper)
     for (profile, machine), parts in efficiency.load(results_dir).items():
         ending = efficiency.slug(profile, machine)
         folder = Path(results_dir) / "tables"
-        write(folder / f"efficiency_{ending}.csv", efficiency.long(parts))
+        others = {name: part for name, part in parts.items() if part.kind in efficiency_bench.GRIDS}
+        if layers := {name: part for name, part in parts.items() if name not in others}:
+            write(folder / f"efficiency_{ending}.csv", efficiency_tables.long(layers))
+        for name, part in others.items():
+            write(folder / f"efficiency_{name}_{ending}.csv", efficiency_tables.long({name: part}))
         texts = {"claims": efficiency_claims(parts, values)} if "train" in parts else {}
         for name, part in parts.items():
-            texts[name] = f"{efficiency.caption(part)}\n\n{markdown_grid(*efficiency.grid(part))}\n"
+            texts[name] = f"{efficiency_tables.caption(part)}\n\n{markdown_grid(*efficiency_tables.grid(part))}\n"
         for name, text in texts.items():
             path = folder / f"efficiency_{name}_{ending}.md"
             write(path, text)
@@ -424,7 +427,8 @@ def write_efficiency(results_dir: str | Path, paper: Path = PAPER) -> list[Path]
 
 def efficiency_claims(parts: dict[str, efficiency.Part], values: dict) -> str:
     found = {row: value.value for (table, row, _, _), value in values.items() if table == "efficiency"}
-    return f"{efficiency.CLAIMED} {parts['train'].machine}.\n\n{markdown_grid(*efficiency.claims_grid(parts, found))}\n"
+    table = markdown_grid(*efficiency_tables.claims_grid(parts, found))
+    return f"{efficiency_tables.CLAIMED} {parts['train'].machine}.\n\n{table}\n"
 
 
 def results_dir_argument(description: str) -> str:
@@ -444,13 +448,26 @@ def command(main: Callable[[], int | None]) -> None:
         sys.exit(130)
 
 
+README = Path("README.md")
+HALF = re.compile(
+    r"^.*\| +b?float16 \|.*\n", re.MULTILINE
+)  # lines of 16 bits, which README leaves out to stay readable
+
+
+def renew_readme(name: str, text: str) -> None:
+    """Replaces what stands between the two marks of this name."""
+    mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    old = README.read_text()
+    write(README, mark.sub(lambda m: m[1] + text.strip() + "\n" + m[2], old))
+
+
 def main() -> None:
     """README shows the tables of its own results folder, between their marks."""
     results_dir = results_dir_argument(__doc__.splitlines()[0])
     for path in write_all(results_dir):
         print(path)
         if results_dir == "results":
-            renew_readme(f"table:{path.stem}", path.read_text())
+            renew_readme(f"table:{path.stem}", HALF.sub("", path.read_text()))
 
 
 if __name__ == "__main__":
