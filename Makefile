@@ -34,7 +34,6 @@ reproduce-all: $(VENV)/installed  ## every run, table, figure and the report; PR
 .PHONY: tables figures report
 tables: $(VENV)/installed  ## results/tables from the records, in seconds
 	$(BIN)/python -m scripts.tables $(INTO)
-	$(BIN)/python -m benchmarks.tables
 
 figures: $(VENV)/installed  ## results/figures from the records, in seconds
 	$(BIN)/python -m scripts.figures $(INTO)
@@ -48,8 +47,8 @@ docs: $(VENV)/installed  ## the pages of docs/ as a site in site/, by mkdocs; a 
 	$(BIN)/python -m mkdocs build --strict --quiet
 
 .PHONY: bench
-bench: $(VENV)/installed  ## kernels, layers and a training step against peers here; renews results/tables and docs/
-	$(BIN)/python -m benchmarks.run
+bench: $(VENV)/installed  ## scans, layers, training steps, a policy beside others' here; renews tables, figures, pages
+	$(BIN)/python -m scripts.bench $(INTO) $(if $(PROFILE),profile=$(PROFILE)) $(ARGS)
 
 .PHONY: gpu
 gpu: $(VENV)/installed  ## for a borrowed GPU: kernel tests, benchmark, then the most wanted runs; BUDGET=8m OUT=dir

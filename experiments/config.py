@@ -324,7 +324,10 @@ class Decision(Run):
     eval: DecisionEval = field(default_factory=DecisionEval)
 
 
-TASKS = ("train", "forward", "context", "step", "parameters")
+LAYER_TASKS = ("train", "forward", "context", "step")
+MODEL_TASKS = ("copying", "language", "policy")
+TASKS = (*LAYER_TASKS, "parameters", "kernels", "precision", *MODEL_TASKS)
+DTYPES = ("float32", "bfloat16", "float16", "half")
 
 
 @dataclass
@@ -333,6 +336,8 @@ class EfficiencyData:
 
     Tasks: `train` is forward, loss and backward; `forward` that alone; `context` reads a sequence and gives what comes
     after one token more; `step` gives what comes after one token, so many having been read; `parameters` counts.
+    `kernels` are the scans alone, `precision` is their error; `copying` and `language` are training steps of whole
+    models; `policy` is a decision model in use.
     """
 
     part: str = "train"  # its name, chosen by part=<a file of configs/efficiency/part>
@@ -340,7 +345,10 @@ class EfficiencyData:
     lengths: list[int] = field(default_factory=lambda: [2**i for i in range(6, 17)])
     batch_sizes: list[int] = field(default_factory=lambda: [64])
     widths: list[int] = field(default_factory=lambda: [128])
+    shapes: list[list[int]] | None = None  # [batch, length, width], of layers perhaps the input's width too; None: all
+    # combinations of the three lists above
     dtype: str = "float32"  # or bfloat16, float16; half: bfloat16, and float16 on a GPU older than sm_80
+    dtypes: list[str] | None = None  # several, one after another, in its place
     memory: bool = False  # the peak too; on a CPU of each layer in a process of its own
     layers: list[str] | None = None  # None: all that are installed
     limit: float = 10.0  # seconds: what takes longer once is noted as a time-out, longer sequences of it left out
@@ -351,7 +359,19 @@ class EfficiencyData:
 
     def __post_init__(self):
         one_of(self, "data", "task", TASKS)
-        one_of(self, "data", "dtype", ("float32", "bfloat16", "float16", "half"))
+        one_of(self, "data", "dtype", DTYPES)
+        for name in self.dtypes or ():
+            if name not in DTYPES:
+                raise ValueError(f"data.dtypes: expected some of {DTYPES}, got {name!r}")
+        if self.task in MODEL_TASKS and (self.dtypes or [self.dtype]) != ["float32"]:
+            raise ValueError(f"data.dtype: task {self.task} is measured in float32, got {self.dtypes or self.dtype}")
+        if self.task not in LAYER_TASKS and self.layers is not None:
+            raise ValueError(f"data.layers: task {self.task} has none to choose, got {self.layers}")
+        if self.task == "policy" and (self.shapes or len(self.widths) > 1 or len(self.batch_sizes) > 1):
+            raise ValueError("data: task policy is measured at one width and one batch size, against the length")
+        for shape in self.shapes or ():
+            if len(shape) not in ((3, 4) if self.task == "train" else (3,)) or min(shape) < 1:
+                raise ValueError(f"data.shapes: expected each as [batch, length, width] from 1 up, got {shape}")
         positive(self, "data", "limit", "seconds", "least")
         for name in ("lengths", "batch_sizes", "widths"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:

@@ -1,13 +1,10 @@
-"""Tables, figures and findings of the efficiency experiment, from its records alone. Needs no torch.
+"""Records of the efficiency experiment and what they say in words; efficiency_tables.py has tables. Needs no torch.
 
 One record is one part on one machine. Numbers of two machines, or of two parts, never stand in one ratio.
 """
 
-import csv
-import io
-import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ PARTS = {
     "paper": ("train", "parameters", "context", "step", "long", "half", "forward", "batch", "width"),
 }  # in the order in which they are wanted
 ASKED = {"cpu": ("long",)}  # beside them, where it is asked for by name
+BENCH = ("kernels", "layers", "precision", "copying", "language", "policy")  # of `make bench`, and of `make gpu` first
 TITLES = {
     "train": "Forward, loss and backward, against the length",
     "long": "Forward, loss and backward, a single sequence",
@@ -31,6 +29,12 @@ TITLES = {
     "context": "A context is read, and one token more",
     "step": "One token, after so many",
     "parameters": "Parameters",
+    "kernels": "Scans",
+    "layers": "Layers beside others",
+    "precision": "Precision",
+    "copying": "A training step of selective copying",
+    "language": "A training step of the character model",
+    "policy": "A decision model in use",
 }
 FAMILIES = {
     "minGRU": ("minGRU", "minGRU, log-space", "minGRU, loop", "minGRU-pytorch", "GRU, torch", "GRU, loop"),
@@ -51,6 +55,14 @@ class Part:
     @property
     def name(self) -> str:
         return self.record["config"]["data"]["part"]
+
+    @property
+    def kind(self) -> str:
+        """Its task; of layers "layers" for a list of shapes, else "sweep"."""
+        data = self.record["config"]["data"]
+        if data["task"] not in ("train", "forward", "context", "step"):
+            return data["task"]
+        return "layers" if self.name == "layers" or data.get("shapes") else "sweep"
 
     @property
     def profile(self) -> str:
@@ -127,196 +139,6 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
 
 
-# -- what the paper claims
-
-
-FORMS = ("log space", "loop", "fused")  # of minGRU and minLSTM
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One of section 5.7 of the facts, and what is measured here in its place.
-
-    Attributes:
-        row: of results/paper.csv; its text too.
-        part: that measures it.
-        length: at which.
-        key: of a point.
-        layers: for each of FORMS, two whose ratio it is (over, under), one whose value it is, or none.
-        unit: "x" times; "%" so many more; "ms".
-        batch: at which; None: the greatest.
-    """
-
-    row: str
-    part: str
-    length: int
-    key: str
-    layers: tuple[tuple[str, ...], ...]
-    unit: str = "x"
-    batch: int | None = None
-
-    def measured(self, parts: dict[str, Part], form: str) -> float | None:
-        layers, given = self.layers[FORMS.index(form)], {} if self.batch is None else {"batch": self.batch}
-        if self.part not in parts or not layers:
-            return None
-        if self.unit == "ms":
-            point = parts[self.part].of(*layers, **given).get(self.length)
-            return None if point is None else 1e3 * point[self.key]
-        ratio = parts[self.part].ratios(*layers, self.key, **given).get(self.length)
-        return ratio if ratio is None or self.unit == "x" else 100 * (ratio - 1)
-
-    def text(self, value: float | None) -> str:
-        if value is None:
-            return ""
-        if self.unit == "%":
-            return f"{value:+.2g} %" if abs(value) < 10 else f"{value:+.0f} %"
-        return f"{value:,.0f} {self.unit}" if value >= 100 else f"{value:.{2 if self.unit == 'x' else 3}g} {self.unit}"
-
-
-def _claims() -> Iterator[Claim]:
-    forms = {name: (f"{name}, log-space", f"{name}, loop", name) for name in BASELINES}
-    for ours, theirs in BASELINES.items():
-        against = tuple(zip((f"{theirs}, loop", f"{theirs}, loop", f"{theirs}, torch"), forms[ours], strict=True))
-        for length in (512, 4096):
-            row = f"{theirs} takes longer than {ours}, training, T = {length}"
-            yield Claim(row, "train", length, "median", against)
-        row = f"{ours} takes more memory than {theirs}, training, T = 512"
-        yield Claim(row, "train", 512, "peak", tuple(pair[::-1] for pair in against), "%")
-        # Of one token minGRU and minLSTM have one form.
-        row = f"{theirs} takes longer than {ours}, one token without a context"
-        yield Claim(row, "step", 1, "median", ((), (f"{theirs}, loop", ours), (f"{theirs}, torch", ours)), "%")
-    row = "Mamba takes more memory than minGRU, training, T = 512"
-    yield Claim(row, "train", 512, "peak", tuple(("Mamba", form) for form in forms["minGRU"]), "%")
-    for batch in (8, 16, 32, 64):
-        row = f"Mamba takes longer than minGRU, a context and one token, batch {batch}"
-        pairs = tuple(("Mamba", form) for form in forms["minGRU"])
-        yield Claim(row, "context", 2048, "median", pairs, "%", batch)
-    for batch in (8, 16, 32, 64):
-        row = f"minLSTM takes longer than Mamba, a context and one token, batch {batch}"
-        pairs = tuple((form, "Mamba") for form in forms["minLSTM"])
-        yield Claim(row, "context", 2048, "median", pairs, "%", batch)
-    for length in (512, 4096):
-        for name in ("minLSTM", "minGRU"):
-            layers = tuple((form,) for form in forms[name])
-            yield Claim(f"{name}, training, T = {length}", "train", length, "median", layers, "ms")
-        yield Claim(f"Mamba, training, T = {length}", "train", length, "median", ((), (), ("Mamba",)), "ms")
-
-
-CLAIMS = tuple(_claims())
-
-
-# -- tables
-
-
-def long(parts: dict[str, Part]) -> str:
-    """The csv's text: one line a number."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("part", "layer", "width", "batch", "length", "status", "metric", "value", "run_id"))
-    for name, part in parts.items():
-        for point in part.points:
-            size = [point.get(key, "") for key in ("width", "batch", "length")]
-            if "expansion" in point:
-                size[1] = f"expansion {point['expansion']}"
-            head = [name, point["layer"], *size, point["status"]]
-            numbers = {k: v for k, v in point.items() if k in NUMBERS and v is not None}
-            for key, value in numbers.items() or {"": ""}.items():
-                writer.writerow([*head, key, f"{value:.10g}" if value != "" else "", part.record["run_id"]])
-    return out.getvalue()
-
-
-NUMBERS = ("median", "q1", "q3", "min", "n", "peak", "operations", "bytes", "least", "joules", "parameters")
-
-
-def grid(part: Part) -> tuple[list[str], list[list[str]]]:
-    """A line for each layer, a column for each size that varies: ms, and MiB where memory was measured.
-
-    Of one token a line for each batch size too; of a context Mamba's time over ours for each.
-    """
-    if part.name == "parameters":
-        return parameters_grid(part)
-    axis = _axis(part)
-    sizes, batches = sorted({point[axis] for point in part.points}), part.batches if part.name == "step" else [None]
-    lines = []
-    for layer, batch in itertools.product(part.layers, batches):
-        found = part.at(layer, axis, **({} if batch is None else {"batch": batch}))
-        lines.append([layer if batch is None else f"{layer}, batch {batch}", *(_cell(found.get(n)) for n in sizes)])
-    if part.name == "context":
-        for other, ours, batch in itertools.product(("Mamba", "mamba-ssm"), BASELINES, part.batches):
-            if ratios := part.ratios(other, ours, batch=batch):
-                cells = (f"{ratios[n]:.2g} x" if n in ratios else "" for n in sizes)
-                lines.append([f"{other} / {ours}, batch {batch}", *cells])
-    return [f"{axis}, ms", *map(str, sizes)], lines
-
-
-def _cell(point: Point | None) -> str:
-    if point is None or point["status"] != "done":
-        return "" if point is None else point["status"]
-    return milliseconds(point["median"]) + (f", {point['peak'] / 2**20:.0f} MiB" if point.get("peak") else "")
-
-
-def parameters_grid(part: Part) -> tuple[list[str], list[list[str]]]:
-    expansions = sorted({point["expansion"] for point in part.points})
-    counted = {(point["layer"], point["expansion"]): point["parameters"] for point in part.points}
-    lines = [[layer, *(f"{counted[layer, a]:,}" for a in expansions)] for layer in part.layers]
-    for ours, theirs in BASELINES.items():
-        lines.append([f"{ours} / {theirs}", *(f"{counted[ours, a] / counted[theirs, a]:.1%}" for a in expansions)])
-    return ["units over input width", *map(str, expansions)], lines
-
-
-def caption(part: Part) -> str:
-    if part.name == "parameters":
-        return (
-            f"Parameters of layers for an input {part.points[0]['width']} wide, biases included, as torch counts them."
-        )
-    data, hardware, versions = part.record["config"]["data"], part.record["hardware"], part.record["versions"]
-    points = part.points
-    said = {"batch": "batch size", "width": "width", "length": "length"}
-    fixed = [f"{text} {max(p[k] for p in points)}" for k, text in said.items() if k != _axis(part)]
-    if part.name == "step":
-        fixed[0] = _batches(part.batches)
-    listed = ", ".join(f"{k} {v}" for k, v in versions.items() if v and k in ("python", "torch", "triton", "numba"))
-    limits, dtype = part.record["limits"], part.record["dtype"]
-    at = f"it copies {limits['bandwidth'] / 1e9:.0f} GB/s and multiplies {limits['matrix_rate'] / 1e9:.0f} GFLOP/s"
-    checked = "each first checked against float64"
-    if "gpu" in hardware and dtype == "float32":
-        checked += "; torch's GRU and LSTM multiply in TF32, as they do by default"
-    commit, clean = part.record["git"]["commit"] or "unknown", part.record["git"]["clean"]
-    return (
-        f"{TITLES.get(part.name, part.name)}: one layer, {', '.join(fixed)}, {dtype}. Median of "
-        f"{data['least']} runs or more, all layers by turns in one process, {checked}. "
-        f"{_machine(part)}; {at}; {listed}; commit {commit[:10]}{'' if clean else ' with changes'}."
-    )
-
-
-def _axis(part: Part) -> str:
-    return next((a for a in ("length", "width", "batch") if len({p[a] for p in part.points}) > 1), "length")
-
-
-def _machine(part: Part) -> str:
-    hardware = part.record["hardware"]
-    return f"{part.machine} ({hardware['cpu']}), CUDA {hardware['cuda']}" if "gpu" in hardware else part.machine
-
-
-CLAIMED = (
-    "The paper's claims beside what is measured here. The paper ran its own code at its own scale on a T4, so its "
-    "milliseconds do not compare with these. Log space: minGRU and minLSTM in plain PyTorch, as the paper has "
-    "them, against hand-written loops of GRU and LSTM. Loop: minGRU and minLSTM as loops in plain PyTorch, against the "
-    "same. Fused: this project's layers, against torch's GRU and LSTM. For one token minGRU and minLSTM have a single "
-    "form, which stands against the loops and against torch's layers. Mamba is this project's. The context has 2048 "
-    "tokens. Run on"
-)
-
-
-def claims_grid(parts: dict[str, Part], paper: dict[str, float]) -> tuple[list[str], list[list[str]]]:
-    """`paper` has the claims' values by row."""
-    lines = []
-    for claim in CLAIMS:
-        values = (paper.get(claim.row), *(claim.measured(parts, form) for form in FORMS))
-        lines.append([claim.row, *map(claim.text, values)])
-    return ["", "paper, T4", *FORMS], lines
-
-
 # -- what was found
 
 
@@ -357,7 +179,7 @@ def _list(values: Iterable[Any]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _batches(batches: Collection[int]) -> str:
+def batch_sizes(batches: Collection[int]) -> str:
     return f"batch size{'s' if len(batches) > 1 else ''} {_list(batches)}"
 
 
@@ -431,14 +253,14 @@ def _beside(part: Part, ours: str, what: str) -> list[str]:
             times[_called(other)] = _span([ratio for found in ratios.values() for ratio in found.values()])
             lengths.update(*ratios.values())
         if less := [batch for batch, found in ratios.items() if min(found.values()) < 1]:
-            faster.append(f"{_called(other)} at {_batches(less)}")
+            faster.append(f"{_called(other)} at {batch_sizes(less)}")
     if not times:
         return []
     (first, span), *rest = times.items()
     said = ", ".join(f"{name} {span} times" for name, span in rest)
     return [
         f"{_capital(first)} takes {span} times as long as {ours} for {what}{f', {said}' if said else ''}, "
-        f"at {_batches(part.batches)} and lengths of {_range(lengths)}.",
+        f"at {batch_sizes(part.batches)} and lengths of {_range(lengths)}.",
         f"{ours} is slower for {what}, at some length, than {_list(faster)}."
         if faster
         else f"{ours} is the fastest of them for {what}, at every length.",
@@ -455,22 +277,24 @@ def _after_more(step: Part, layer: str) -> list[str]:
     first = min(point["length"] for point in step.points)
     return [
         f"{layer} takes {_span(ratios.values())} times as long for one token after {_range([n for _, n in ratios])} "
-        f"tokens as after {first}, at {_batches(step.batches)}."
+        f"tokens as after {first}, at {batch_sizes(step.batches)}."
     ]
 
 
 def left_out(parts: dict[str, Part]) -> list[str]:
-    """What was not timed, each layer's first of a part."""
+    """What was not timed: each layer's first of a part, whose greater sizes are left out too; of shapes each."""
     said = {}
     for name, part in parts.items():
         for point in part.points:
             if point["status"] != "done":
-                size = f"{point['batch']} sequences of {point['length']}"
-                said.setdefault((name, point["layer"]), f"from {size} on ({point['status']}: {point['reason']})")
+                sizes = f"{point['batch']} sequences of {point['length']}"
+                sizes = f"from {sizes} on" if part.kind == "sweep" else f"at {sizes}"
+                key = (name, point["layer"], "" if part.kind == "sweep" else sizes)
+                said.setdefault(key, f"{sizes} ({point['status']}: {point['reason']})")
         for layer, error in part.record.get("errors", {}).items():
             if isinstance(error, str):
-                said[name, layer] = f"at every size, as it is wrong or does not run: {error}"
-    return [f"Part {name} leaves out {layer} {reason}." for (name, layer), reason in said.items()]
+                said[name, layer, ""] = f"at every size, as it is wrong or does not run: {error}"
+    return [f"Part {name} leaves out {layer} {reason}." for (name, layer, _), reason in said.items()]
 
 
 FIGURES = {  # in the order of the report: the part that says how it was measured, and what it shows
@@ -485,4 +309,5 @@ FIGURES = {  # in the order of the report: the part that says how it was measure
     "half_memory": ("half", "Peak memory of a run, beyond weights and input."),
     "size": ("batch", "Training speed, by batch size and by width."),
     "parameters": ("parameters", "Parameters over those of GRU and LSTM; lines: the paper's formula."),
+    "policy_step": ("policy", "A step of a policy, by the steps before it."),
 }  # fmt: skip

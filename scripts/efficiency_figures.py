@@ -35,6 +35,8 @@ def draw(parts: dict[str, Part]) -> dict[str, Figure]:
         found["parameters"] = parameter_ratios(parts["parameters"])
     if "batch" in parts and "width" in parts:
         found["size"] = sizes(parts["batch"], parts["width"])
+    if "policy" in parts:
+        found["policy_step"] = policy_step(parts["policy"])
     return found
 
 
@@ -158,4 +160,21 @@ def sizes(batch: Part, width: Part) -> Figure:
         ax.set_xlabel({"batch": "batch size, sequences", "width": "width, channels"}[axis])
     axes[0].set_ylabel("training speed, million tokens/s")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=6)
+    return figure
+
+
+def policy_step(part: Part) -> Figure:
+    """What one more step of an episode takes after so many."""
+    figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+    ax = figure.subplots()
+    points = [point for point in part.points if point["kind"] == "policy" and point["status"] == "done"]
+    called = {"minGRU": "minGRU, from its state", "Transformer": "Transformer, reads all again"}
+    for (name, label), style in zip(called.items(), STYLES, strict=False):
+        mine = [point for point in points if point["layer"] == name]
+        ax.plot([p["length"] for p in mine], [1e3 * p["median"] for p in mine], **style, label=label)
+    episodes = max((point["batch"] for point in points), default=0)
+    ax.set(xscale="log", yscale="log", xlabel="steps seen so far", ylabel=f"a step of {episodes} episodes, ms")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    head(ax, "", columns=2)
     return figure

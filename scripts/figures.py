@@ -5,7 +5,6 @@ against steps and time; `table1_layers[_<profile>]` the number of layers. The sa
 byte, under one version of matplotlib.
 """
 
-import json
 import math
 import textwrap
 from collections import defaultdict
@@ -256,26 +255,6 @@ def rates(found: list[Entry]) -> Figure:
     return figure
 
 
-def policy_step(rows: list[dict]) -> Figure:
-    """Of the benchmark's decision model: what one more step of an episode costs after so many."""
-    figure = Figure(figsize=(4.2, 2.8), layout="constrained")
-    ax = figure.subplots()
-    rows = [row for row in rows if row["kind"] == "policy"]
-    names = {"minrnn": "minGRU, state carried", "Transformer": "Transformer, context reread"}
-    for (name, label), style in zip(names.items(), STYLES, strict=False):
-        ax.plot([row["shape"][1] for row in rows], [row[name]["median_ms"] for row in rows], **style, label=label)
-    ax.set(
-        xscale="log",
-        yscale="log",
-        xlabel="steps seen so far",
-        ylabel=f"time per step of {rows[0]['shape'][0]} episodes, ms",
-    )
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    head(ax, "", columns=2)
-    return figure
-
-
 def write_all(results_dir: str | Path) -> list[Path]:
     """Returns the files for reading (png)."""
     written = []
@@ -316,10 +295,6 @@ def write_all(results_dir: str | Path) -> list[Path]:
                     f"{table}_loss{suffix}": loss_against_steps(table, found),
                 }
             save(figures)
-        for path in sorted((Path(results_dir) / "bench").glob("*.json")):
-            parts = json.loads(path.read_text())
-            if "decision" in parts:
-                save({f"bench_policy_step_{path.stem}": policy_step(parts["decision"]["rows"])})
         for (profile, machine), parts in efficiency.load(results_dir).items():
             ending = efficiency.slug(profile, machine)
             save({f"efficiency_{name}_{ending}": figure for name, figure in efficiency_figures.draw(parts).items()})

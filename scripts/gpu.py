@@ -2,11 +2,11 @@
 
 In this order, until the budget ends: kernel tests, kernel benchmark, efficiency, then the most wanted unfinished runs
 of profile paper. All that is worth keeping lies in DIR as a few small files: state.tar.gz (records, what unfinished
-runs go on from, the benchmark's results), logs, summary.md. A later call with that state.tar.gz in its DIR (or
+runs go on from), logs, summary.md. A later call with that state.tar.gz in its DIR (or
 `--state FILE`) goes on from there, and one in the same checkout does even without it. What comes before the runs is
 not done again for sources with which it passed, and takes a third of the budget each at most.
 
-    python -m scripts.gpu --bring-home DIR      copies the records and the benchmark from DIR into results/
+    python -m scripts.gpu --bring-home DIR      copies the records from DIR into results/
 
 `--dry-run` does all of it without a GPU, in minutes: kernels in Triton's interpreter, profile smoke.
 """
@@ -25,6 +25,8 @@ from pathlib import Path
 
 from experiments import files, records
 from experiments.launch import UNFINISHED
+from scripts import bench
+from scripts.efficiency import BENCH
 from scripts.efficiency import PARTS as PARTS_OF
 from scripts.reproduce import duration, has_gpu, seconds
 
@@ -36,9 +38,8 @@ PARTS = {"tests": "kernel tests", "bench": "kernel benchmark", "efficiency": "ef
 
 def sources() -> str:
     """A hash of the code here, which may be no clone and have no git."""
-    files = sorted(
-        path for folder in ("minrnn", "experiments", "benchmarks", "tests") for path in Path(folder).rglob("*.py")
-    )
+    files = sorted(path for folder in ("minrnn", "experiments", "tests") for path in Path(folder).rglob("*.py"))
+    files += sorted(Path("configs/efficiency").rglob("*.yaml"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
@@ -120,18 +121,15 @@ class Session:
         self.pack()
 
     def go(self, seeds: int, overrides: list[str]) -> int:
-        python, device = sys.executable, "cpu" if self.dry_run else "cuda"
+        python, profile = sys.executable, "smoke" if self.dry_run else "paper"
         # One process: several would share the card, and a notebook's machine has two cores.
         tests = ["tests/test_scan.py", "tests/test_rnn.py", *(() if self.dry_run else ("tests/test_triton.py",))]
         chosen = ["-k", "triton and linear"] if self.dry_run else []
         self.part("tests", [python, "-m", "pytest", "--maxfail=20", *tests, *chosen])
-        parts = ["--only", "precision"] if self.dry_run else []
-        self.part("bench", [python, "-m", "benchmarks.run", device, "--results", str(WORK / "results"), *parts])
-        profile = "smoke" if self.dry_run else "paper"
-        measure = [python, "-m", "experiments.efficiency", "-m", f"part={','.join(PARTS_OF[profile])}"]
-        # It ends between two sizes, the longest of which takes a minute or two.
-        measure += [f"profile={profile}", f"budget={self.share / 2:.0f}", f"results_dir={WORK / 'results'}"]
-        self.part("efficiency", [*measure, f"output_dir={WORK / 'runs'}"])
+        # Each ends between two sizes, the longest of which takes a minute or two.
+        places = [f"results_dir={WORK / 'results'}", f"output_dir={WORK / 'runs'}", f"budget={self.share / 2:.0f}"]
+        self.part("bench", bench.command(places, profile, ("precision",) if self.dry_run else BENCH))
+        self.part("efficiency", bench.command(places, profile, PARTS_OF[profile]))
         if self.left > 10:
             planner = [python, "-m", "scripts.reproduce", "--profile", profile]
             planner += ["--seeds", str(seeds), "--budget", f"{self.left:.0f}s"]
@@ -168,14 +166,15 @@ class Session:
 
 
 def bring_home(out: Path) -> None:
-    """Records and benchmark into results/; what is there already and final stays."""
+    """Records into results/; what is there already and final stays."""
     results, copied = Path("results"), 0
     with tarfile.open(out / "state.tar.gz") as archive:
         for member in archive.getmembers():
             place = Path(member.name)
-            kept = place.name == "record.json" or place.parts[:2] == ("results", "bench")
-            target = results / place.relative_to("results") if kept else None
-            if target is None or (place.name == "record.json" and records.is_final(records.read_record(target))):
+            if place.name != "record.json":
+                continue
+            target = results / place.relative_to("results")
+            if records.is_final(records.read_record(target)):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(archive.extractfile(member).read())

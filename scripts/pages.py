@@ -1,7 +1,7 @@
 """The pages for readers, README.md and docs/*.md, and the one function that renews what is generated in them.
 
 A generated block stands between `<!-- NAME -->` and `<!-- /NAME -->`, each mark on a line of its own. `scripts.tables`
-makes `table:...`, `scripts.report` makes `found:...` and `figure:...`, the benchmark `bench:...`. CONTRIBUTING.md says
+makes `table:...`, `scripts.report` makes `found:...` and `figure:...`. CONTRIBUTING.md says
 how to add one. Needs no torch.
 """
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts import efficiency, summary
+from scripts import efficiency, efficiency_bench, efficiency_tables, summary
 from scripts.pages import renew
 from scripts.plan import CELLS, FINAL, METRICS, TABLES, commonest
 from scripts.plan import runs as plan_runs
@@ -467,11 +467,11 @@ def efficiency_section(folder: Path, profile: str, machine: str, parts: dict[str
     said.append(_list(found + efficiency.left_out(parts)))
     said.append(efficiency_figures(folder, ending, parts, ""))
     for part in parts.values():
-        said.append(efficiency.caption(part) + "\n\n" + markdown_grid(*efficiency.grid(part)))
+        said.append(efficiency_tables.caption(part) + "\n\n" + markdown_grid(*efficiency_tables.grid(part)))
     records = [
         f"[{part.record['run_id']}](runs/efficiency/{part.record['run_id']}/record.json)" for part in parts.values()
     ]
-    said.append(f"Records: {', '.join(records)}. As data: [csv](tables/efficiency_{ending}.csv)")
+    said.append(f"Records: {', '.join(records)}. As data: {as_data(parts, ending)}")
     return "\n\n".join(filter(None, said))
 
 
@@ -480,7 +480,7 @@ def efficiency_figures(folder: Path, ending: str, parts: dict[str, efficiency.Pa
     for name, (part, text) in efficiency.FIGURES.items():
         path = f"figures/efficiency_{name}_{ending}.png"
         if part in parts and (folder / path).exists():
-            shown.append(f"![{text}]({place}{path})\n\n*{text} {efficiency.caption(parts[part])}*")
+            shown.append(f"![{text}]({place}{path})\n\n*{text} {efficiency_tables.caption(parts[part])}*")
     return "\n\n".join(shown)
 
 
@@ -502,6 +502,12 @@ def blocks(results_dir: str | Path, paper: Path = PAPER) -> dict[str, str]:
 
 def _list(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
+
+
+def as_data(parts: dict[str, efficiency.Part], ending: str) -> str:
+    files = [name for name, part in parts.items() if part.kind in efficiency_bench.GRIDS]
+    files = ([""] if len(files) < len(parts) else []) + files
+    return ", ".join(f"[{name or 'csv'}](tables/efficiency_{name and name + '_'}{ending}.csv)" for name in files)
 
 
 def write_all(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:

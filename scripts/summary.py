@@ -19,7 +19,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts import efficiency
+from scripts import efficiency, efficiency_tables
 from scripts.plan import DATASETS, METRICS, Metric
 from scripts.tables import (
     PAPER,
@@ -142,7 +142,7 @@ def mean_published(values: list[Published | None]) -> Published | None:
 
 def speeds(machines: efficiency.Machines, paper: dict) -> list[Line]:
     """Of the machine nearest to the paper's: its T4, another GPU, a CPU."""
-    claims = [c for c in efficiency.CLAIMS if c.part == "train" and c.key == "median" and c.unit == "x"]
+    claims = [c for c in efficiency_tables.CLAIMS if c.part == "train" and c.key == "median" and c.unit == "x"]
     chosen = next(iter(by_nearness(machines)), None)
     lines = []
     for claim in claims:

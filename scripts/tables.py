@@ -21,10 +21,11 @@ from typing import Any
 from experiments import files
 from experiments.config import PROFILES, run_id
 from experiments.records import MOST_BYTES, RecordError, read_records
-from scripts import efficiency
+from scripts import efficiency, efficiency_bench, efficiency_tables
 from scripts.pages import renew, write
 from scripts.plan import CELLS, CHOICE_SEED, METRICS, TABLES, Cell, Metric, Table
 
+HALF = re.compile(r"^.*\| +b?float16 \|.*\n", re.MULTILINE)  # lines of 16 bits, left out of pages to stay readable
 PAPER = Path(__file__).parent.parent / "results" / "paper.csv"
 COLUMNS = (
     *("row", "column", "metric", "n", "mean", "std", "best_mean", "best_std"),
@@ -406,12 +407,16 @@ def write_all(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:
 
 
 def write_efficiency(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:
-    """A csv of each machine, and for reading what the paper claims and a table for each part."""
+    """The paper's claims and each part, for reading; as csv layers by size, and each other part."""
     written, values = [], read_paper(paper)
     for (profile, machine), parts in efficiency.load(results_dir).items():
         ending = efficiency.slug(profile, machine)
         folder = Path(results_dir) / "tables"
-        write(folder / f"efficiency_{ending}.csv", efficiency.long(parts))
+        others = {name: part for name, part in parts.items() if part.kind in efficiency_bench.GRIDS}
+        if layers := {name: part for name, part in parts.items() if name not in others}:
+            write(folder / f"efficiency_{ending}.csv", efficiency_tables.long(layers))
+        for name, part in others.items():
+            write(folder / f"efficiency_{name}_{ending}.csv", efficiency_tables.long({name: part}))
         for name, text in efficiency_texts(parts, values).items():
             path = folder / f"efficiency_{name}_{ending}.md"
             write(path, text)
@@ -422,13 +427,14 @@ def write_efficiency(results_dir: str | Path, paper: Path = PAPER) -> list[Path]
 def efficiency_texts(parts: dict[str, efficiency.Part], values: dict) -> dict[str, str]:
     texts = {"claims": efficiency_claims(parts, values)} if "train" in parts else {}
     for name, part in parts.items():
-        texts[name] = f"{efficiency.caption(part)}\n\n{markdown_grid(*efficiency.grid(part))}\n"
+        texts[name] = f"{efficiency_tables.caption(part)}\n\n{markdown_grid(*efficiency_tables.grid(part))}\n"
     return texts
 
 
 def efficiency_claims(parts: dict[str, efficiency.Part], values: dict) -> str:
     found = {row: value.value for (table, row, _, _), value in values.items() if table == "efficiency"}
-    return f"{efficiency.CLAIMED} {parts['train'].machine}.\n\n{markdown_grid(*efficiency.claims_grid(parts, found))}\n"
+    table = markdown_grid(*efficiency_tables.claims_grid(parts, found))
+    return f"{efficiency_tables.CLAIMED} {parts['train'].machine}.\n\n{table}\n"
 
 
 def blocks(results_dir: str | Path, paper: Path = PAPER) -> dict[str, str]:
@@ -438,7 +444,7 @@ def blocks(results_dir: str | Path, paper: Path = PAPER) -> dict[str, str]:
         found[f"table:{file_name(table, profile)}"] = markdown(table, profile, cells)
     for key, parts in efficiency.load(results_dir).items():
         for name, text in efficiency_texts(parts, values).items():
-            found[f"table:efficiency_{name}_{efficiency.slug(*key)}"] = text
+            found[f"table:efficiency_{name}_{efficiency.slug(*key)}"] = HALF.sub("", text)
     return found
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from experiments import cost, efficiency, launch, machine, records
-from experiments.efficiency import layers, memory
+from experiments.efficiency import layers, memory, sweep, timer
 from scripts import efficiency as shown
 from scripts import efficiency_figures, figures, report, reproduce, tables
+from scripts import efficiency_tables as page
 from scripts.tables import PAPER
 
 CPU = torch.device("cpu")
@@ -69,7 +70,7 @@ def test_a_training_run_takes_every_gradient():
     layer = layers.LAYERS["GRU, torch"]
     net, x = layer.build(8), torch.randn(2, 5, 8)
     expected = torch.autograd.grad(net(x.clone().requires_grad_())[0].square().sum(), list(net.parameters()))
-    found = efficiency.work("train", layer, net, x)()
+    found = sweep.work("train", layer, net, x)()
     assert found[0].shape == x.shape
     for a, b in zip(found[1:], expected, strict=True):
         assert torch.allclose(a, b)
@@ -123,7 +124,7 @@ def stub(seconds=1e-6, exact=lambda x: x, fail=False):
 
 
 def measure(tmp_path, monkeypatch, found, *overrides, why_stop=lambda: None, commit="a"):
-    monkeypatch.setattr(efficiency, "available", lambda device: found)
+    monkeypatch.setattr(sweep, "available", lambda device: found)
     monkeypatch.setattr(cost, "here", lambda device, dtype: ANYTHING)
     monkeypatch.setattr(efficiency.time, "perf_counter", lambda: NOW[0])
     cfg = resolve(tmp_path, "part=forward", "data.lengths=[50,100,200]", *overrides)
@@ -184,11 +185,11 @@ def test_our_own_layers_being_wrong_is_an_error(tmp_path, monkeypatch):
 def test_runs_go_on_until_they_agree_or_time_is_up():
     data = resolve(None).data
     data = dataclasses.replace(data, least=5, seconds=1.0, spread=0.03)
-    bench = efficiency.Bench(data, CPU, torch.float32, ANYTHING, None, 1, 1, 1)
-    assert not bench._enough([0.01] * 4) and not bench._enough([0.01] * 9) and bench._enough([0.01] * 10)
-    assert not bench._enough([0.01, 0.02] * 20) and bench._enough([0.01, 0.02] * 40)
-    assert bench._enough([0.3] * 5)
-    assert not bench._enough([1e-4] * 100) and bench._enough([1e-4] * 600) and bench._enough([1e-5] * 1000)
+    bench = timer.Timer(data, CPU, {})
+    assert not bench.enough([0.01] * 4) and not bench.enough([0.01] * 9) and bench.enough([0.01] * 10)
+    assert not bench.enough([0.01, 0.02] * 20) and bench.enough([0.01, 0.02] * 40)
+    assert bench.enough([0.3] * 5)
+    assert not bench.enough([1e-4] * 100) and bench.enough([1e-4] * 600) and bench.enough([1e-5] * 1000)
 
 
 def test_a_measurement_that_was_stopped_goes_on(tmp_path, monkeypatch):
@@ -225,7 +226,7 @@ def test_a_failure_among_the_timed_runs_is_noted_unless_the_device_is_lost(tmp_p
     }
     calls.clear()
     error = ConnectionError("the card has fallen off the bus")
-    monkeypatch.setattr(efficiency, "DEVICE_LOST", ConnectionError)
+    monkeypatch.setattr(timer, "DEVICE_LOST", ConnectionError)
     with pytest.raises(ConnectionError):
         measure(tmp_path / "b", monkeypatch, kinds, "data.least=20")
 
@@ -235,7 +236,7 @@ def test_only_training_is_timed_in_training_mode():
     net, x = layer.build(8), torch.randn(2, 5, 8)
     net.register_forward_hook(lambda module, *_: seen.append(module.training))
     for task in ("train", "forward", "context", "step"):
-        efficiency.work(task, layer, net, x)()
+        sweep.work(task, layer, net, x)()
     assert seen == [True, False, False, False, False, False]
 
 
@@ -281,7 +282,7 @@ def test_unusable_settings_are_named(setting, said):
 
 
 def test_a_part_is_done_once_for_a_machine(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(efficiency.cost, "here", lambda *_: ANYTHING)
+    monkeypatch.setattr(cost, "here", lambda *_: ANYTHING)
     settings = ("part=step", "data.layers=[minGRU,'GRU, torch',attention]", "threads=1")
     assert efficiency.run(resolve(tmp_path, *settings)) == "done"
     record = record_of(tmp_path / "results")
@@ -295,7 +296,7 @@ def test_a_part_is_done_once_for_a_machine(tmp_path, monkeypatch, capsys):
 
 
 def test_what_must_be_done_is_counted_but_for_loops(tmp_path, monkeypatch):
-    monkeypatch.setattr(efficiency.cost, "here", lambda *_: ANYTHING)
+    monkeypatch.setattr(cost, "here", lambda *_: ANYTHING)
     names = ["minGRU", "GRU, torch", "GRU, loop"]
     cfg = resolve(tmp_path, "part=forward", "threads=1", f"data.layers={json.dumps(names)}")
     points = efficiency.measure(cfg, CPU, efficiency.Kept(tmp_path), lambda: None)["points"]
@@ -307,15 +308,15 @@ def test_what_must_be_done_is_counted_but_for_loops(tmp_path, monkeypatch):
 
 
 def test_the_budget_ends_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(efficiency.cost, "here", lambda *_: ANYTHING)
+    monkeypatch.setattr(cost, "here", lambda *_: ANYTHING)
     assert efficiency.run(resolve(tmp_path, "part=forward", "data.layers=[minGRU]", "budget=0.001")) == "paused"
     assert "out of budget" in capsys.readouterr().out
     assert not list((tmp_path / "results").rglob("record.json"))
 
 
 def test_parameters_are_those_of_the_formula_and_biases():
-    found = {(p["layer"], p["expansion"]): p["parameters"] for p in efficiency.parameters([10])}
-    for a in efficiency.EXPANSIONS:
+    found = {(p["layer"], p["expansion"]): p["parameters"] for p in sweep.parameters([10])}
+    for a in sweep.EXPANSIONS:
         units = 10 * a
         assert found["minGRU", a] == 2 * units * (10 + 1) and found["minLSTM", a] == 3 * units * (10 + 1)
         assert found["GRU", a] == 3 * units * (10 + units + 2) and found["LSTM", a] == 4 * units * (10 + units + 2)
@@ -417,9 +418,9 @@ def test_what_is_faster_for_one_token_is_named(tmp_path):
         "minGRU takes 1.10 times as long for one token after 2048 tokens as after 1, at batch sizes 8 and 64.",
         "attention takes 9 times as long for one token after 2048 tokens as after 1, at batch sizes 8 and 64.",
     ]
-    header, lines = shown.grid(parts["step"])
+    header, lines = page.grid(parts["step"])
     assert header == ["length, ms", "1", "2048"] and ["GRU, loop, batch 8", "7.2", "17.6"] in lines
-    assert len(lines) == 8 and "batch sizes 8 and 64" in shown.caption(parts["step"])
+    assert len(lines) == 8 and "batch sizes 8 and 64" in page.caption(parts["step"])
 
 
 def test_a_context_is_compared_with_mambas_at_each_batch_size(tmp_path):
@@ -430,12 +431,12 @@ def test_a_context_is_compared_with_mambas_at_each_batch_size(tmp_path):
     ]  # fmt: skip
     part(tmp_path, "context", points)
     ((_, parts),) = shown.load(tmp_path).items()
-    assert shown.grid(parts["context"])[1][4:] == [
+    assert page.grid(parts["context"])[1][4:] == [
         ["Mamba / minGRU, batch 8", "2 x", "2 x"], ["Mamba / minGRU, batch 64", "2 x", "2 x"],
         ["Mamba / minLSTM, batch 8", "0.8 x", "0.8 x"], ["Mamba / minLSTM, batch 64", "0.8 x", "0.8 x"],
     ]  # fmt: skip
     published = {row: value.value for (_, row, _, _), value in tables.read_paper(PAPER).items()}
-    lines = {row: cells for row, *cells in shown.claims_grid(parts, published)[1]}
+    lines = {row: cells for row, *cells in page.claims_grid(parts, published)[1]}
     row = "takes longer than {}, a context and one token, batch {}"
     assert lines[f"Mamba {row.format('minGRU', 8)}"] == ["+6.6 %", "", "-50 %", "+100 %"]
     assert lines[f"minLSTM {row.format('Mamba', 32)}"] == ["+0 %", "", "", ""]  # not measured
@@ -491,7 +492,7 @@ def test_two_records_of_one_part_are_not_mixed_up(tmp_path):
 
 def test_every_claim_has_a_published_value_and_the_other_way_round():
     published = {row: value for (table, row, _, _), value in tables.read_paper(PAPER).items() if table == "efficiency"}
-    assert published.keys() == {claim.row for claim in shown.CLAIMS}
+    assert published.keys() == {claim.row for claim in page.CLAIMS}
     assert published["GRU takes longer than minGRU, training, T = 4096"].value == 1324
 
 
@@ -503,7 +504,7 @@ def test_figures_show_what_the_records_hold(tmp_path):
         part(tmp_path, name, points)
     for name in ("context", "step"):
         part(tmp_path, name, [point("minGRU", t, 1e-3) for t in (64, 128)])
-    counted = efficiency.parameters([8])
+    counted = sweep.parameters([8])
     part(tmp_path, "parameters", counted)
     ((_, parts),) = shown.load(tmp_path).items()
     drawn = efficiency_figures.draw(parts)
@@ -523,7 +524,7 @@ def test_figures_show_what_the_records_hold(tmp_path):
 
 def test_parts_are_those_that_can_be_chosen():
     chosen = {path.stem for path in (launch.CONFIGS / "efficiency/part").glob("*.yaml")}
-    assert chosen == set(shown.TITLES) and all(set(parts) <= chosen for parts in shown.PARTS.values())
+    assert chosen == set(shown.TITLES) and all(set(parts) <= chosen for parts in (*shown.PARTS.values(), shown.BENCH))
     for name in chosen:
         assert launch.compose("efficiency", [f"part={name}"])["data"]["part"] == name
 

@@ -41,9 +41,7 @@ def leave_runs():
         for step in steps:
             (folder / f"{step:09d}-{'0' * 16}.pt").write_bytes(b"weights")
         (folder / "log.txt").write_text("talk")
-    bench = gpu.WORK / "results" / "bench" / "cuda.json"
-    bench.parent.mkdir(parents=True)
-    bench.write_text("{}")
+    records.write_json(records.work_dir(gpu.WORK / "runs", "efficiency", "f" * 12) / "points.json", {"points": []})
 
 
 def test_what_is_packed_is_what_the_next_call_needs(here):
@@ -53,8 +51,8 @@ def test_what_is_packed_is_what_the_next_call_needs(here):
     with tarfile.open(here / "out" / "state.tar.gz") as archive:
         names = sorted(archive.getnames())
     assert names == [
-        "results/bench/cuda.json",
         f"results/runs/selective_copy/{DONE.run_id}/record.json",
+        f"runs/efficiency/{'f' * 12}/points.json",
         *(f"runs/selective_copy/{'e' * 12}/{step:09d}-{'0' * 16}.pt" for step in (5, 10)),
     ]
     assert sorted(path.name for path in (here / "out").iterdir()) == ["state.tar.gz", "summary.md"]
@@ -65,14 +63,14 @@ def test_what_is_packed_is_what_the_next_call_needs(here):
     assert sorted(str(p.relative_to(gpu.WORK)) for p in found) == names
 
 
-def test_records_and_benchmark_are_brought_home(here, capsys):
+def test_records_are_brought_home(here, capsys):
     one = session(here)
     leave_runs()
     one.pack()
     kept = here / "results/runs/selective_copy" / (DONE.run_id) / "record.json"
     gpu.bring_home(here / "out")
     assert json.loads(kept.read_text())["status"] == "done"
-    assert (here / "results/bench/cuda.json").exists() and "2 files into results/" in capsys.readouterr().out
+    assert "1 files into results/" in capsys.readouterr().out
     for status, stays in (("done", True), ("failed", False)):  # a final record that is here already stays
         mine = json.dumps(make_record(DONE, 0.5, status=status, mine=True))
         kept.write_text(mine)

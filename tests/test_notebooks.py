@@ -21,7 +21,7 @@ PICTURES = {"figures": None, "quickstart": 1, "scan_numerics": 2}  # None: as ma
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
     """A copy of what the notebooks read: the folders here may change under a test, when runs are going on."""
-    for name in ("notebooks", "benchmarks", "configs", "experiments", "scripts", "results"):
+    for name in ("notebooks", "configs", "experiments", "scripts", "results"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     return tmp_path

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import TABLE
 from experiments import launch
 from experiments.config import EXPERIMENTS, typed
 from scripts import collect, efficiency, pages, plan, report, tables
@@ -42,7 +41,6 @@ def test_readme_is_one_page_and_links_to_every_other():
 def possible():
     """Every name that a generator may write, today or once there are records."""
     names = {"found:times", "table:speed", "table:reproduction"}
-    names |= {f"bench:{part}_{device}" for part in TABLE for device in ("cpu", "cuda")}
     for table in plan.TABLES:
         for profile in plan.SCALES:
             if any(cell.table == table and profile in cell.profiles for cell in plan.CELLS):
@@ -52,7 +50,7 @@ def possible():
     for (profile, machine), parts in efficiency.load(ROOT / "results").items():
         ending = efficiency.slug(profile, machine)
         names |= {f"found:efficiency_{ending}", f"figure:efficiency_{ending}"}
-        names |= {f"table:efficiency_{part}_{ending}" for part in ("claims", *parts)}
+        names |= {f"table:efficiency_{part}_{ending}" for part in ("claims", *efficiency.BENCH, *parts)}
     return names
 
 
@@ -60,8 +58,6 @@ def generated(monkeypatch):
     """What the committed records give today, by name."""
     monkeypatch.chdir(ROOT)
     found = tables.blocks("results") | report.blocks("results")
-    files = Path("results/tables").glob("bench_*.md")
-    found |= {path.stem.replace("bench_", "bench:", 1): path.read_text() for path in files}
     return {key: text for key, text in found.items() if text.strip()}
 
 
@@ -77,8 +73,6 @@ def test_every_mark_has_a_generator_and_every_block_a_page(monkeypatch):
 
 def test_pages_show_what_the_records_say(monkeypatch):
     for key, text in generated(monkeypatch).items():
-        if key.startswith("bench:"):  # of which pages show float32 only
-            continue
         (page,) = (page for page in PAGES if key in pages.marks(page.read_text()))
         block = re.search(rf"<!-- {key} -->\n(.*?)<!-- /{key} -->", page.read_text(), re.DOTALL)[1]
         assert block.strip() == text.strip(), f"{name(page)}: {key} is out of date: `make tables report`"

@@ -441,18 +441,6 @@ def test_only_some_runs_are_asked_for():
     assert reproduce.selected(paper, None) == paper
 
 
-def test_the_step_of_a_policy_is_drawn_from_the_benchmark(tmp_path):
-    rows = [
-        {"kind": "policy", "shape": [60, n], "minrnn": {"median_ms": 2.0}, "Transformer": {"median_ms": 1.5 * n}}
-        for n in (1, 20)
-    ]
-    records.write_json(tmp_path / "bench/cpu.json", {"decision": {"rows": [{"kind": "training"}, *rows]}})
-    assert [path.name for path in figures.write_all(tmp_path)] == ["bench_policy_step_cpu.png"]
-    ours, theirs = figures.policy_step(rows).axes[0].lines
-    assert list(ours.get_xdata()) == [1, 20]
-    assert list(ours.get_ydata()) == [2, 2] and list(theirs.get_ydata()) == [1.5, 30]
-
-
 @pytest.mark.parametrize("last, said", [(0.9, "rises with each"), (0.3, "does not rise with each")])
 def test_what_is_said_of_the_forget_gates_bias(tmp_path, last, said):
     for bias, value in (("minLSTM, layers 3", 0.2), ("bias 1", 0.4), ("bias 2", 0.6), ("bias 4", last)):

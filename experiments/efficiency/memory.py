@@ -1,7 +1,8 @@
 """The peak of a run's memory on a CPU, by the resident size of a process of its own, which gives back what it frees.
 
 `main` is one that has loaded all it needs and started no thread; for each line [layer, task, dtype, threads, seconds,
-width, batch, length] it makes a copy of itself, which does that run, and says [status, bytes or the reason].
+width, batch, length, width of the input] it makes a copy of itself, which does that run, and says [status, bytes or the
+reason].
 """
 
 import json
@@ -75,19 +76,22 @@ def answer(layer: str, task: str, dtype: str, threads: int, seconds: float, *siz
     return "failed", f"ended by signal {number}"
 
 
-def peak(layer: str, task: str, dtype: str, threads: int, width: int, batch: int, length: int) -> int:
+def peak(
+    layer: str, task: str, dtype: str, threads: int, width: int, batch: int, length: int, inputs: int | None = None
+) -> int:
     """Bytes."""
-    from . import work
     from .layers import LAYERS
+    from .sweep import work
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     limit = _status("VmSize") + int(USABLE * _free())
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     found, dtype = LAYERS[layer], getattr(torch, dtype)
-    net = found.build(width).to(dtype)
-    work(task, found, net, torch.randn(1, WARM, width, dtype=dtype))()
-    run = work(task, found, net, torch.randn(batch, length, width, dtype=dtype))
+    inputs = inputs or width
+    net = found.made(inputs, width).to(dtype)
+    work(task, found, net, torch.randn(1, WARM, inputs, dtype=dtype))()
+    run = work(task, found, net, torch.randn(batch, length, inputs, dtype=dtype))
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = _status("VmRSS")
     run()
