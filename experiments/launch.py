@@ -103,28 +103,31 @@ def _task(cfg: DictConfig) -> str:
 
 
 def compose(experiment: str, overrides: list[str]) -> dict[str, Any]:
-    """The whole configuration that a command line of these overrides gives, as records hold it.
-
-    Hydra takes a tenth of a second for each; here it composes each choice of files once.
-    """
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    chosen = tuple(o.input_line for o in parsed if o.key_or_group in GROUPS)
-    found = copy.deepcopy(_chosen(experiment, chosen))
-    for override in parsed:
-        if override.key_or_group not in GROUPS:
-            value = override.value()
-            OmegaConf.update(found, override.key_or_group, value.text if isinstance(value, QuotedString) else value)
-    return OmegaConf.to_container(found, resolve=True)
-
-
-@cache
-def _chosen(experiment: str, choices: tuple[str, ...]) -> DictConfig:
-    return _compose(experiment, list(choices))
+    """The whole configuration that a command line of these overrides gives, as records hold it."""
+    return OmegaConf.to_container(_composed(experiment, overrides), resolve=True)
 
 
 def resolve(experiment: str, overrides: list[str]) -> config.Run:
     """The same as the typed object that a runner takes, its values checked."""
-    return OmegaConf.to_object(_compose(experiment, overrides))
+    return OmegaConf.to_object(_composed(experiment, overrides))
+
+
+def _composed(experiment: str, overrides: list[str]) -> DictConfig:
+    """Hydra takes a tenth of a second for each; here it composes each choice of files once."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    found = copy.deepcopy(_chosen(experiment, tuple(o.input_line for o in parsed if o.key_or_group in GROUPS)))
+    for override in parsed:
+        if override.key_or_group not in GROUPS:
+            value = override.value()
+            OmegaConf.update(found, override.key_or_group, value.text if isinstance(value, QuotedString) else value)
+    return found
+
+
+@cache
+def _chosen(experiment: str, choices: tuple[str, ...]) -> DictConfig:
+    config.register()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS / experiment)):
+        return hydra.compose("config", [SEARCH, *choices])
 
 
 def settings_of(kind: type, arguments: list[str]) -> Any:
@@ -142,12 +145,6 @@ def settings_of(kind: type, arguments: list[str]) -> Any:
         except ValueError:
             raise ValueError(f"{key}: expected {kinds[key].__name__}, got {value!r}") from None
     return kind(**values)
-
-
-def _compose(experiment: str, overrides: list[str]) -> DictConfig:
-    config.register()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS / experiment)):
-        return hydra.compose("config", [SEARCH, *overrides])
 
 
 def check(experiment: str, overrides: list[str], multirun: bool = False) -> None:
