@@ -7,6 +7,7 @@ run's, whose episodes cost minutes, and are said to be.
 
 import hashlib
 import sys
+import textwrap
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import safetensors.torch
 import torch
 
 from experiments import charlm, decision, files, records, trained
-from experiments.config import run_id
+from experiments.config import SECTIONS, run_id
 from experiments.launch import settings_of
 from experiments.records import read_record, record_path
 
@@ -57,7 +58,7 @@ def of_policy(found: trained.Trained) -> dict[str, Any]:
 def card(config: dict[str, Any], record: dict[str, Any]) -> str:
     """README.md, with the front matter that the Hub reads."""
     experiment, metrics, settings = config["config"]["experiment"], config["metrics"], record["config"]
-    title = f"{settings['model']['name']}, {experiment}, profile {record['profile']}"
+    title = f"{config['name']}, {experiment}, profile {record['profile']}"
     if experiment == "charlm":
         data = f"the first 90 % of Tiny Shakespeare ({config['facts']['characters']:,} characters in all)"
         result = (
@@ -78,22 +79,27 @@ def card(config: dict[str, Any], record: dict[str, Any]) -> str:
         )
         commands = f"python -m experiments.decision.strip model={config['name']} target=80"
         limits = "It moves one simulated robot; scores of single policies differ by several points between seeds."
-    train = settings["train"]
+    train, hardware = settings["train"], record["hardware"]
+    step = record["metrics"][config["weights"]]["step"]
+    points = (
+        f"Data: {data}.",
+        f"Training: {record['steps']} of {train['steps']} steps, weights of step {step}; batch {train['batch_size']}, "
+        f"learning rate {train['learning_rate']:g}, seed {record['seed']}; config.json has all settings.",
+        f"Parameters: {record['parameters']:,}.",
+        f"Run {record['run_id']}, commit {record['git']['commit']}, on {hardware['cpu']} ({hardware['vector']}), torch "
+        f"{record['versions']['torch']}. Another processor rounds differently, and its run ends with another loss.",
+        f"Limits: {limits}",
+    )
+    listed = "\n".join(textwrap.fill(f"- {point}", 120, subsequent_indent="  ") for point in points)
     return f"""---
 license: mit
 library_name: minrnn
 ---
 # {title}
 
-{result}
+{textwrap.fill(result, 120)}
 
-- Data: {data}.
-- Training: {record["steps"]} of {train["steps"]} steps, weights of step {record["metrics"][config["weights"]]["step"]};
-  batch {train["batch_size"]}, learning rate {train["learning_rate"]:g}, seed {record["seed"]}; all settings are in
-  config.json. {record["parameters"]:,} parameters.
-- Run {record["run_id"]} of `results/runs/{experiment}`, commit {record["git"]["commit"]}, on
-  {record["hardware"]["cpu"]}, torch {record["versions"]["torch"]}.
-- Limits: {limits}
+{listed}
 
 ```bash
 {commands}
@@ -101,26 +107,27 @@ library_name: minrnn
 """
 
 
-def export(experiment: str, settings: Settings) -> Path:
+def export(experiment: str, given: Settings) -> Path:
     """The folder that was written."""
     which = "best" if experiment == "charlm" else "last"
-    found = trained.of_run(experiment, settings.run, which, settings.results_dir, settings.output_dir)
-    record = read_record(record_path(settings.results_dir, experiment, settings.run))
+    found = trained.of_run(experiment, given.run, which, given.results_dir, given.output_dir)
+    record = read_record(record_path(given.results_dir, experiment, given.run))
     found.weights = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).clone().contiguous()
         for name, tensor in found.weights.items()
     }
     content = safetensors.torch.save(found.weights)
-    name = settings.name or found.cfg.model.name
+    name = given.name or found.cfg.model.name
+    settings = {key: record["config"][key] for key in ("experiment", "profile", "seed", *SECTIONS)}  # not folders
     config = {
         "run_id": run_id(record["config"]),
         "name": name,
         "weights": which,
-        "config": record["config"],
+        "config": settings | {"data": settings["data"] | ({"path": None} if experiment == "charlm" else {})},
         **(of_text if experiment == "charlm" else of_policy)(found),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-    folder = Path(settings.results_dir) / "weights" / f"{experiment}-{name}"
+    folder = Path(given.results_dir) / "weights" / f"{experiment}-{name}"
     files.write(folder / "model.safetensors", content)
     files.write(folder / "README.md", card(config, record))
     records.write_json(folder / "config.json", config)

@@ -53,7 +53,9 @@ def test_the_stated_loss_is_found_again(places, capsys):
     where, run = places
     card = (trained.Path(where[0].partition("=")[2]) / "weights/charlm-mingru/README.md").read_text()
     stated = re.search(r"Loss (\d\.\d{4}) nats", card)[1]
-    evaluate.main([*where])
+    with pytest.raises(ValueError, match="path: expected the text of sha256 [0-9a-f]{64}, got none"):
+        evaluate.main([*where])
+    evaluate.main([*where, f"path={trained.Path(where[0].partition('=')[2]).parent / 'text.txt'}"])
     first = capsys.readouterr().out
     assert first.startswith(f"{stated} nats per character") and f"{stated} is stated of" in first
     evaluate.main([*where, f"run={run}"])

@@ -45,6 +45,8 @@ def main(arguments: list[str]) -> None:
     cfg = found.cfg
     if settings.path:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=settings.path))
+    if cfg.data.path is None and cfg.data.sha256 is not None:
+        raise ValueError(f"path: expected the text of sha256 {cfg.data.sha256}, got none")
     text = read(cfg, settings.device)
     if text.vocabulary != found.facts["vocabulary"]:
         raise ValueError(f"path: {found.file} was trained on another text: its characters differ")
