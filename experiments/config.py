@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from .files import nearest
 from .seeds import RUNS, STEPS
@@ -22,6 +22,11 @@ PROFILES = ("smoke", "cpu", "paper")
 SECTIONS = ("model", "data", "train", "eval")  # what makes a run what it is, with the experiment and the seed
 NO_ID = {"id": False}  # of a setting in them that does not
 TEXTS = ("tinyshakespeare", "python_docs")
+LRA_DATASETS = {  # None: Long Range Arena's own
+    "listops": (None,),
+    "image": (None, "local/digits"),
+    "retrieval": (None, "local/pydoc_pairs"),
+}
 FORMER = {  # names of settings in records of schema 1, and their present ones
     "train.lr": "train.learning_rate",
     "train.warmup": "train.warmup_steps",
@@ -83,6 +88,12 @@ class Model:
         """What `minrnn.models.TokenModel` takes beside the vocabularies and the mixer."""
         settings = {key: getattr(self, key) for key in MODEL_KEYS if key != "name"}
         return settings | {"positions": length if self.positions else None}
+
+    def classifier(self, length: int) -> dict[str, Any]:
+        """What `minrnn.models.ClassifierModel` takes beside the vocabulary, the classes and the mixer."""
+        if self.tied:
+            raise ValueError("model.tied: expected false, a classifier's head has classes and no vocabulary")
+        return {key: value for key, value in self.backbone(length).items() if key != "tied"}
 
     def decision(self) -> dict[str, Any]:
         """What `minrnn.models.DecisionModel` takes beside sizes, tokens and the mixer."""
@@ -324,6 +335,57 @@ class Decision(Run):
     eval: DecisionEval = field(default_factory=DecisionEval)
 
 
+@dataclass
+class LRAData:
+    """Of the sizes, only those of what is drawn here count: ListOps and local/pydoc_pairs."""
+
+    task: str = "listops"  # or image, retrieval
+    dataset: str | None = None  # Long Range Arena's own: ListOps by its rule, CIFAR-10, AAN; or local/digits (image),
+    # local/pydoc_pairs (retrieval)
+    length: int = 2000  # retrieval: bytes of a document, at most; ListOps: fewer tokens than this
+    min_length: int = 500  # ListOps: and more than this
+    depth: int = 10  # of a ListOps expression, at most
+    arguments: int = 10  # of a ListOps operator, at most
+    train_size: int = 96_000
+    eval_size: int = 2_000  # of validation, and of test
+
+    def __post_init__(self):
+        one_of(self, "data", "task", (*LRA_DATASETS,))
+        one_of(self, "data", "dataset", LRA_DATASETS[self.task])
+        positive(self, "data", "length", "train_size", "eval_size")
+        between(self, "data", 0, None, "min_length")
+        between(self, "data", 2, 100, "arguments", "depth")
+        if self.task == "listops":
+            longest = 1
+            for _ in range(self.depth - 1):
+                longest = 2 + self.arguments * longest
+            if max(self.min_length + 1, 4) > min(self.length - 1, longest):
+                raise ValueError(
+                    "data.min_length, data.length: expected a number of tokens between them from 4 to "
+                    f"{longest if longest < 10**9 else 'a billion'}, the longest expression of "
+                    f"data.depth={self.depth} and data.arguments={self.arguments}, "
+                    f"got {self.min_length} and {self.length}"
+                )
+
+
+@dataclass
+class LRAEval:
+    """Of all validation or test examples."""
+
+    interval: int = 1000  # steps
+    batch_size: int = 64
+
+    def __post_init__(self):
+        positive(self, "eval", "interval", "batch_size")
+
+
+@dataclass
+class LRA(Run):
+    experiment: str = "lra"
+    data: LRAData = field(default_factory=LRAData)
+    eval: LRAEval = field(default_factory=LRAEval)
+
+
 LAYER_TASKS = ("train", "forward", "context", "step")
 MODEL_TASKS = ("copying", "language", "policy")
 TASKS = (*LAYER_TASKS, "parameters", "kernels", "precision", *MODEL_TASKS)
@@ -399,7 +461,20 @@ class Efficiency:
         where(self)
 
 
-EXPERIMENTS = {"selective_copy": SelectiveCopy, "charlm": CharLM, "decision": Decision, "efficiency": Efficiency}
+EXPERIMENTS = {
+    "selective_copy": SelectiveCopy, "charlm": CharLM, "decision": Decision, "lra": LRA, "efficiency": Efficiency,
+}  # fmt: skip
+
+
+def choose(key: str, choices: dict[str, Any]) -> Any:
+    """For configuration files, `${choose:${data.task},{a: 1, b: 2}}`: a setting that depends on another.
+
+    A key that is not among them gives the first: the setting that it is the value of refuses it, and names itself.
+    """
+    return choices.get(key, next(iter(choices.values())))
+
+
+OmegaConf.register_new_resolver("choose", choose, replace=True)  # here, so that launchers' processes have it too
 
 
 @cache

@@ -1,15 +1,17 @@
 """Files that experiments need: in $MINRNN_DATA, in data/, or fetched over the network and checked."""
 
+import hashlib
 import os
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pooch
 from filelock import FileLock
 
-from .files import Refusal, write
+from .files import Refusal, regular, write
 
 FOLDER = Path("data")
 
@@ -43,6 +45,44 @@ D4RL = {
     for level in ("medium", "medium-replay", "medium-expert")
 }
 
+LRA = {
+    "digits": File(  # the same file in releases from 1.5.2 to 1.9.1 at least
+        name="digits.csv.gz",
+        url="https://raw.githubusercontent.com/scikit-learn/scikit-learn/1.7.2/sklearn/datasets/data/digits.csv.gz",
+        sha256="09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22",
+        about="1,797 handwritten digits of 8 x 8 pixels (UCI), for Long Range Arena's image task at a small scale",
+    ),
+}
+
+# Those of archives, which are not fetched. Checksums: https://github.com/ankane/torchvision-ruby, cifar10.rb; that of
+# the archive is c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd, its published md5
+# c32a1d4ab5d03f1284b67883e8d87530.
+CIFAR10 = [
+    File(
+        name=f"cifar-10-batches-bin/{name}.bin",
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        sha256=sha256,
+        about="CIFAR-10",
+    )
+    for name, sha256 in (
+        ("data_batch_1", "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5"),
+        ("data_batch_2", "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed"),
+        ("data_batch_3", "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67"),
+        ("data_batch_4", "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48"),
+        ("data_batch_5", "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add"),
+        ("test_batch", "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"),
+    )
+]
+AAN = {
+    split: File(
+        name=f"aan/new_aan_pairs.{name}.tsv",
+        url="https://storage.googleapis.com/long-range-arena/lra_release.gz",
+        sha256=None,
+        about="AAN",
+    )
+    for split, name in (("train", "train"), ("val", "eval"), ("test", "test"))
+}
+
 
 class DataError(Refusal, RuntimeError):
     """A file that cannot be had, or is not what it should be; the text says what to do."""
@@ -59,12 +99,35 @@ def locate(name: str) -> Path | None:
 
 
 def find(key: str, progress: bool = True) -> Path:
-    """The path of a file of FILES or D4RL, its checksum verified; fetched to data/ where it is nowhere.
+    """The path of a file of FILES, D4RL or LRA, its checksum verified; fetched to data/ where it is nowhere.
 
     Raises DataError: it is damaged, or it is nowhere and cannot be fetched.
     """
-    file = (FILES | D4RL)[key]
-    path = locate(file.name) or fetch(file, FOLDER, progress)
+    file = (FILES | D4RL | LRA)[key]
+    return verified(locate(file.name) or fetch(file, FOLDER, progress), file, "it is fetched anew")
+
+
+def unpacked(file: File) -> Path:
+    """The path of a file that comes in an archive, its checksum verified.
+
+    Raises DataError: it is damaged, or it is nowhere.
+    """
+    path = locate(file.name)
+    if path is None:
+        places = " nor ".join(str(folder / file.name) for folder in folders())
+        raise DataError(f"{file.about}: there is no {places}; put it there from {file.url}")
+    return verified(path, file, "get it anew")
+
+
+def verified(path: Path, file: File, then: str) -> Path:
+    """The path, which holds this file.
+
+    Args:
+        then: what comes after the file is removed.
+
+    Raises DataError: it is no file, or one of another checksum.
+    """
+    regular(path, DataError)
     record = path.with_name(f"{path.name}.sha256")
     expected, found = file.sha256 or _recorded(record), pooch.file_hash(path)
     if expected is None:
@@ -73,7 +136,7 @@ def find(key: str, progress: bool = True) -> Path:
         said, those = ("", "it") if file.sha256 else (f" as {record} says", "both")
         raise DataError(
             f"{path}: expected sha256 {expected}{said}, got {found} ({path.stat().st_size} bytes); "
-            f"remove {those}, and it is fetched anew"
+            f"remove {those}, and {then}"
         )
     return path
 
@@ -99,6 +162,19 @@ def fetch(file: File, folder: Path, progress: bool = True) -> Path:
     except OSError as error:
         raise DataError(f"{file.name}: cannot be fetched from {file.url} ({error}); {todo}") from error
     return path
+
+
+def checksum(*arrays: np.ndarray) -> str:
+    """sha256, in hex, of each array's dtype, shape and bytes, in this order.
+
+    A file's own holds when it was written and by which library too, so that data made again would seem other data.
+    """
+    found = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        found.update(f"{array.dtype.str} {array.shape};".encode())
+        found.update(array)
+    return found.hexdigest()
 
 
 def _record(record: Path, path: Path, checksum: str) -> None:
@@ -127,3 +203,20 @@ def python_docs() -> str:
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))
+
+
+def python_topics() -> list[str]:
+    """Topics of that text of which no two share a paragraph, the longest first.
+
+    Some of Python's topics hold others whole, "compound" for instance what "if" says.
+    """
+    from pydoc_data.topics import topics
+
+    kept, known = [], set()
+    for text in sorted(set(topics.values()), key=lambda text: (-len(text), text)):
+        paragraphs = {" ".join(part.split()) for part in text.split("\n\n")}
+        paragraphs = {part for part in paragraphs if len(part) >= 60}  # shorter ones are headings and the like
+        if not paragraphs & known:
+            kept.append(text)
+            known |= paragraphs
+    return kept

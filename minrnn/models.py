@@ -290,6 +290,74 @@ class TokenModel(nn.Module):
         return inner if self.positions is None else (state[0], inner)
 
 
+class ClassifierModel(nn.Module):
+    """A class for one sequence, or for a pair: embedding, backbone, read at a sequence's last step, head.
+
+    Every mixer is causal, so the last step is the one that has seen all of the sequence, and what pads it on the right
+    reaches nothing that is read. (Long Range Arena's own models read one step too, one before the sequence, which sees
+    all of it as they are not causal; S4, which is bidirectional there, takes the mean over steps.) The head is a
+    Linear; that of a pair is Linear, ReLU, Linear of [x1, x2, x1 * x2, x1 - x2], as "NLI" in Long Range Arena
+    (https://github.com/google-research/long-range-arena/blob/cd31e5c6b8e5bceabd28de2d2afb23f7ae5d36d8/lra_benchmarks/
+    models/layers/common_layers.py) with one hidden layer, as in S4's code (https://github.com/state-spaces/s4/blob/
+    e757cef57d89e448c413de7325ed5601aceaac13/src/tasks/decoders.py).
+
+    Args:
+        vocab: number of input ids; None: inputs are numbers, which a Linear takes.
+        classes: C.
+        dim, layers, mixer, settings: see `Backbone`.
+        parts: P, sequences of an example, 1 or 2; one backbone reads both.
+        positions, init: see `TokenModel`.
+    """
+
+    def __init__(
+        self,
+        vocab: int | None,
+        classes: int,
+        dim: int,
+        layers: int,
+        mixer: Callable[[int], Mixer],
+        parts: int = 1,
+        positions: int | None = None,
+        init: str = "torch",
+        **settings: Any,
+    ):
+        super().__init__()
+        one_of("init", init, ("torch", "gpt2"))
+        if parts not in (1, 2):
+            raise ValueError(f"parts: expected 1 or 2, got {parts}")
+        self.parts = parts
+        self.embedding = nn.Linear(1, dim) if vocab is None else nn.Embedding(vocab, dim)
+        self.positions = nn.Embedding(positions, dim) if positions else None
+        self.backbone = Backbone(dim, layers, mixer, **settings)
+        pair = nn.Sequential(nn.Linear(4 * dim, dim), nn.ReLU(), nn.Linear(dim, classes))
+        self.head = nn.Linear(dim, classes) if parts == 1 else pair
+        if init == "gpt2":
+            init_as_gpt2(self)
+
+    def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
+        """Logits (B, C).
+
+        Args:
+            inputs: (B, P, T), int64 ids or float numbers.
+            lengths: (B, P) int64, from 1 to T; steps beyond are padding.
+
+        Raises ValueError: T is more than there are positions.
+        """
+        x = inputs.flatten(0, 1)
+        x = self.embedding(x if isinstance(self.embedding, nn.Embedding) else x[..., None])
+        if self.positions is not None:
+            T, most = inputs.shape[-1], self.positions.num_embeddings
+            if T > most:
+                raise ValueError(f"inputs: expected at most {most} steps, the number of learned positions, got {T}")
+            x = x + self.positions.weight[:T]
+        x, _ = self.backbone(self.backbone.dropout(x))
+        x = x[torch.arange(len(x), device=x.device), lengths.flatten() - 1]
+        if self.parts == 2:
+            x1, x2 = x.unflatten(0, inputs.shape[:2]).unbind(1)
+            x = torch.cat((x1, x2, x1 * x2, x1 - x2), -1)
+        return self.head(x)
+
+
 class DecisionModel(nn.Module):
     """The next action from returns-to-go, states and the actions before it.
 

@@ -3,11 +3,11 @@
 import argparse
 import sys
 
-from experiments.data import D4RL, FILES, DataError, find
+from experiments.data import D4RL, FILES, LRA, DataError, find
 
 
 def main() -> int:
-    files = FILES | D4RL
+    files = FILES | D4RL | LRA
     parser = argparse.ArgumentParser(prog="python -m scripts.data", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(files)} ({', '.join(FILES)})")
     names = parser.parse_args().names or list(FILES)

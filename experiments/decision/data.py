@@ -27,7 +27,6 @@ environments, and policies are tried in v4: in v5 Hopper and Walker2d get no rew
 they fall, and Walker2d's right foot has more friction (1.9, not 0.9), so that its policies meet other ground here.
 """
 
-import hashlib
 import math
 import warnings
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ import torch
 from torch import Tensor
 
 from .. import data
-from ..data import DataError
+from ..data import DataError, checksum
 from ..files import nearest, regular
 
 
@@ -138,19 +137,6 @@ class Dataset:
     def std(self) -> np.ndarray:
         """(S,) float32, over all rows, and 1e-6 more, so that a constant can be divided by it."""
         return (self.observations.std(0, dtype=np.float64) + 1e-6).astype(np.float32)
-
-
-def checksum(*arrays: np.ndarray) -> str:
-    """sha256, in hex, of each array's dtype, shape and bytes, in this order.
-
-    A file's own holds when it was written and by which library too, so that data made again would seem other data.
-    """
-    found = hashlib.sha256()
-    for array in arrays:
-        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-        found.update(f"{array.dtype.str} {array.shape};".encode())
-        found.update(array)
-    return found.hexdigest()
 
 
 def dataset_checksum(path: str | Path, name: str) -> str:
