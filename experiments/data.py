@@ -206,7 +206,7 @@ def python_docs() -> str:
 
 
 def python_topics() -> list[str]:
-    """Topics of that text of which no two share a paragraph, the longest first.
+    """Topics of that text of which no two share 64 characters in a row, the longest first.
 
     Some of Python's topics hold others whole, "compound" for instance what "if" says.
     """
@@ -214,9 +214,8 @@ def python_topics() -> list[str]:
 
     kept, known = [], set()
     for text in sorted(set(topics.values()), key=lambda text: (-len(text), text)):
-        paragraphs = {" ".join(part.split()) for part in text.split("\n\n")}
-        paragraphs = {part for part in paragraphs if len(part) >= 60}  # shorter ones are headings and the like
-        if not paragraphs & known:
+        runs = {text[i : i + 64] for i in range(len(text) - 63)}
+        if not runs & known:
             kept.append(text)
-            known |= paragraphs
+            known |= runs
     return kept

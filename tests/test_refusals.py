@@ -240,7 +240,10 @@ def test_a_damaged_table_of_published_values_is_refused(tmp_path, content, match
     assert len(tables.read_paper(path)) == 1
 
 
-SETTINGS = {"charlm": "model=mingru", "selective_copy": "model=s4", "decision": "model=transformer", "efficiency": None}
+SETTINGS = {
+    "charlm": "model=mingru", "selective_copy": "model=s4", "decision": "model=transformer", "lra": "model=mamba",
+    "efficiency": None,
+}  # fmt: skip
 NONSENSE = ("-1", "0", "nan", "inf", "-inf", "many", "[1]", "1.5", "true", "{a: 1}", "1e400", "9" * 20, "''", "a b",
             "null", "-5", "é", "${nowhere}", "a=b", "(", "'")  # fmt: skip
 

@@ -181,7 +181,9 @@ def cifar10() -> Dataset:
     rows = [np.frombuffer(data.unpacked(file).read_bytes(), np.uint8).reshape(-1, 3073) for file in data.CIFAR10]
     pixels = np.concatenate([grey(part[:, 1:].reshape(-1, 3, 1024)) for part in rows])
     labels = np.concatenate([part[:, 0] for part in rows])
-    return images(pixels, labels, {"train": 45_000, "val": 5_000, "test": 10_000})
+    test = len(rows[-1])
+    tenth = (len(labels) - test) // 10
+    return images(pixels, labels, {"train": len(labels) - test - tenth, "val": tenth, "test": test})
 
 
 def grey(pixels: np.ndarray) -> np.ndarray:

@@ -18,7 +18,6 @@ import io
 from array import array
 from pathlib import Path
 from random import Random
-from zipfile import BadZipFile
 
 import numpy as np
 from filelock import FileLock
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from .. import files
 from ..config import LRAData
-from ..data import DataError, checksum
+from ..data import DataError, File, verified
 from ..seeds import eval_seed, train_seed
 
 
@@ -121,7 +120,7 @@ def draw(data: LRAData, progress: bool = False) -> dict[str, np.ndarray]:
 
 
 def read(data: LRAData, folder: Path, progress: bool = False) -> dict[str, np.ndarray]:
-    """What `draw` gives, drawn once: kept in the folder, with its checksum.
+    """What `draw` gives, drawn once: kept in the folder, with its checksum beside it.
 
     Raises DataError: as `draw`, or the file is damaged.
     """
@@ -130,15 +129,9 @@ def read(data: LRAData, folder: Path, progress: bool = False) -> dict[str, np.nd
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):  # who comes second reads what the first one drew
         if not path.exists():
-            arrays, content = draw(data, progress), io.BytesIO()
-            np.savez(content, **arrays, sha256=np.array(checksum(*arrays.values())))
+            content = io.BytesIO()
+            np.savez(content, **draw(data, progress))
             files.write(path, content.getvalue())
-    try:
-        with np.load(io.BytesIO(files.read(path, DataError, 2**33)), allow_pickle=False) as file:
-            arrays = {key: file[key] for key in KEYS}
-            whole = str(file["sha256"]) == checksum(*arrays.values())
-    except (BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove it, and it is drawn anew") from error
-    if not whole:
-        raise DataError(f"{path}: it has another checksum than was written; remove it, and it is drawn anew")
-    return arrays
+        verified(path, File(path.name, "", None, "ListOps"), "it is drawn anew")
+    with np.load(path, allow_pickle=False) as found:
+        return {key: found[key] for key in KEYS}
