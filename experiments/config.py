@@ -337,7 +337,7 @@ class Decision(Run):
 
 @dataclass
 class LRAData:
-    """Of the sizes, only those of what is drawn here count: ListOps and local/pydoc_pairs."""
+    """The sizes count for what is drawn here, ListOps and local/pydoc_pairs; files have theirs."""
 
     task: str = "listops"  # or image, retrieval
     dataset: str | None = None  # Long Range Arena's own: ListOps by its rule, CIFAR-10, AAN; or local/digits (image),
@@ -370,7 +370,7 @@ class LRAData:
 
 @dataclass
 class LRAEval:
-    """Of all validation or test examples."""
+    """An evaluation is of all validation or test examples."""
 
     interval: int = 1000  # steps
     batch_size: int = 64

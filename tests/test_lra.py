@@ -35,7 +35,7 @@ def resolve(tmp_path, *overrides):
 
 
 def sequences(dataset, name):
-    """Of a split, as a list of tuples of bytes."""
+    """A split's, as a list of tuples of bytes."""
     split, values = dataset.splits[name], dataset.values.tobytes()
     return [
         tuple(values[start : start + length] for start, length in zip(*rows, strict=True))
@@ -115,7 +115,7 @@ def test_splits_of_listops_are_disjoint_and_fixed(tmp_path):
 
 
 def test_an_expression_that_was_drawn_for_test_is_left_out_of_training(tmp_path):
-    """Of [OP a b ] there are 400: nearly all of the 150 after the first 150 would come twice."""
+    """There are 400 of the form [OP a b ], and of 300 that are drawn at random many would come twice."""
     few = LRAData(length=5, min_length=3, depth=2, arguments=2, train_size=150, eval_size=75)
     dataset = data.expressions(few, tmp_path)
     assert len({row for name in data.SPLITS for row in sequences(dataset, name)}) == 300
@@ -593,7 +593,7 @@ def test_a_run_leaves_its_numbers(tmp_path, digits, task):
 
 
 def test_a_model_learns_to_reckon(tmp_path):
-    """Of one operator of two digits, of which it has seen half, the value: far more than the most frequent one."""
+    """The value of one operator and two digits, where it has seen most of the 400 but not those that are asked for."""
     cfg = resolve(
         tmp_path, "model=minlstm", "data.length=5", "data.min_length=3", "data.depth=2", "data.arguments=2",
         "data.train_size=300", "data.eval_size=50", "model.dim=32", "train.steps=250", "train.batch_size=64",

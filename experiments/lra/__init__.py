@@ -32,6 +32,7 @@ def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
 
 
 def evaluate(cfg: LRA, splits: dict[str, data.Sequences], model: nn.Module, split: str) -> dict[str, float]:
+    """Loss and accuracy over every example of the split."""
     examples, total, right = splits[split], 0.0, 0
     for inputs, lengths, labels in examples.all(cfg.eval.batch_size):
         logits = model(inputs, lengths).float()

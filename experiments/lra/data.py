@@ -51,7 +51,8 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """
+    """All values, and the splits of the examples in them.
+
     Attributes:
         values: (all,) uint8, ids or pixels.
         splits: by "train", "val", "test".
@@ -72,7 +73,7 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """Of what a model is trained and tested on."""
+        """`checksum` of the arrays: what a model is trained and tested on."""
         splits = [self.splits[name] for name in SPLITS]
         arrays = [array for split in splits for array in (split.starts, split.lengths, split.labels)]
         return data.checksum(self.values, *arrays)
@@ -151,6 +152,7 @@ def read(cfg: LRA) -> Dataset:
 
 
 def expressions(settings: LRAData, folder: Path, progress: bool = False) -> Dataset:
+    """ListOps, kept in the folder; see `listops.read`."""
     found = listops.read(settings, folder, progress)
     lengths, labels = found["lengths"], found["labels"]
     starts = np.cumsum(lengths) - lengths
@@ -166,7 +168,7 @@ def expressions(settings: LRAData, folder: Path, progress: bool = False) -> Data
 
 
 def images(pixels: np.ndarray, labels: np.ndarray, sizes: dict[str, int]) -> Dataset:
-    """Of (N, P) uint8 and (N,), the splits one after another."""
+    """A dataset of pixels (N, P) uint8 and labels (N,), which hold the splits one after another."""
     N, P = pixels.shape
     starts, splits, begin = np.arange(N)[:, None] * P, {}, 0
     for name in SPLITS:
@@ -177,7 +179,10 @@ def images(pixels: np.ndarray, labels: np.ndarray, sizes: dict[str, int]) -> Dat
 
 
 def cifar10() -> Dataset:
-    """In grey. The last tenth of the training files validates, as in Long Range Arena, where their order is another."""
+    """CIFAR-10 in grey. The last tenth of the training files validates; in Long Range Arena they are in another order.
+
+    Raises DataError: a file is missing, or is not what it should be.
+    """
     rows = [np.frombuffer(data.unpacked(file).read_bytes(), np.uint8).reshape(-1, 3073) for file in data.CIFAR10]
     pixels = np.concatenate([grey(part[:, 1:].reshape(-1, 3, 1024)) for part in rows])
     labels = np.concatenate([part[:, 0] for part in rows])
@@ -194,7 +199,10 @@ def grey(pixels: np.ndarray) -> np.ndarray:
 
 
 def digits(progress: bool = False) -> Dataset:
-    """UCI's digits as scikit-learn has them, from an installed one or fetched; a tenth validates, a tenth tests."""
+    """UCI's digits, 8 x 8 pixels from 0 to 16, as scikit-learn has them: an installed one's file, or fetched.
+
+    A tenth validates, a tenth tests. Raises DataError: the file cannot be had, or is damaged.
+    """
     package = importlib.util.find_spec("sklearn")
     if package is not None and package.origin is not None:
         own = Path(package.origin).parent / "datasets/data/digits.csv.gz"
@@ -212,6 +220,7 @@ def digits(progress: bool = False) -> Dataset:
 
 
 def in_random_order(count: int) -> list[int]:
+    """0 to count - 1, always in the same order."""
     random = Random(SEEDS["train"])
     keys = [random.random() for _ in range(count)]
     return sorted(range(count), key=keys.__getitem__)
@@ -221,7 +230,10 @@ def in_random_order(count: int) -> list[int]:
 
 
 def aan(length: int) -> Dataset:
-    """Pairs of papers, the first bytes of each; does one cite the other?"""
+    """Pairs of papers, the first `length` bytes of each; does one cite the other?
+
+    Raises DataError: a file is missing, or is not what it should be.
+    """
     numbers: dict[bytes, int] = {}  # of documents, each of which is in many pairs
     pairs, labels = {}, {}
     for name, file in data.AAN.items():
