@@ -55,8 +55,8 @@ class _MinRNNMixer(Mixer):
 class MinGRUMixer(_MinRNNMixer):
     """minGRU (`minrnn.MinGRU`) of `expansion * dim` units with a learned initial state, and a projection to dim."""
 
-    def __init__(self, dim: int, expansion: float = 6):
-        super().__init__(dim, expansion, MinGRU)
+    def __init__(self, dim: int, expansion: float = 6, signed: bool = False):
+        super().__init__(dim, expansion, MinGRU, signed=signed)
 
 
 class MinLSTMMixer(_MinRNNMixer):
@@ -65,8 +65,16 @@ class MinLSTMMixer(_MinRNNMixer):
     The defaults are the paper's; normalize_gates=False with forget_bias=3 is what the authors' public code does.
     """
 
-    def __init__(self, dim: int, expansion: float = 6, normalize_gates: bool = True, forget_bias: float = 0):
-        super().__init__(dim, expansion, MinLSTM, normalize_gates=normalize_gates, forget_bias=forget_bias)
+    def __init__(
+        self,
+        dim: int,
+        expansion: float = 6,
+        normalize_gates: bool = True,
+        forget_bias: float = 0,
+        signed: bool = False,
+    ):
+        settings = {"normalize_gates": normalize_gates, "forget_bias": forget_bias, "signed": signed}
+        super().__init__(dim, expansion, MinLSTM, **settings)
 
 
 class _TorchRNNMixer(Mixer):
