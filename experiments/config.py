@@ -107,6 +107,7 @@ MODEL_KEYS = tuple(f.name for f in fields(Model))
 @dataclass
 class MinGRU(Model):
     expansion: float = 6  # units of the RNN over dim
+    signed: bool = False  # coefficients in (-1, 1)
     gate_layers: int = 1  # or 2: an MLP for the gates
 
 
@@ -202,6 +203,7 @@ class Train:
     grad_clip: float | None = 1.0  # norm of the whole gradient
     precision: str = "fp32"  # or bf16, fp16 (with loss scaling), by autocast
     patience: int | None = None  # stop after so many evaluations without a new best
+    target: float | None = None  # stop at a validation accuracy (loss, score) as good as this
 
     def __post_init__(self):
         positive(self, "train", "steps", "batch_size", "learning_rate")
@@ -292,6 +294,60 @@ class SelectiveCopyData:
 class SelectiveCopy(Run):
     experiment: str = "selective_copy"
     data: SelectiveCopyData = field(default_factory=SelectiveCopyData)
+
+
+SYNTHETIC = {  # tasks, and the shortest length of each
+    "parity": 1, "even_pairs": 1, "cycle_navigation": 1, "majority": 1, "majority_count": 1, "bucket_sort": 1,
+    "missing_duplicate": 1, "missing_duplicate_original": 2, "modular_arithmetic": 1,
+    "s3": 1, "s5": 1, "a5": 1, "z60": 1, "associative_recall": 4, "induction_heads": 3,
+}  # fmt: skip
+
+
+@dataclass
+class SyntheticData:
+    task: str = "parity"  # see experiments/synthetic/tasks.py
+    lengths: list[int] = field(default_factory=lambda: [1, 40])  # of training sequences, the shortest and the longest
+    test_lengths: list[int] = field(default_factory=lambda: [40, 256])  # of validation and test
+    every: bool = False  # parity of each prefix, not of the whole
+    symbols: int = 10  # to sort, or the vocabulary of a recall
+    pairs: int = 4  # to recall
+
+    def __post_init__(self):
+        one_of(self, "data", "task", tuple(SYNTHETIC))
+        if self.every and self.task != "parity":
+            raise ValueError(f"data.every: expected false, only parity has both forms; got true with {self.task}")
+        positive(self, "data", "pairs")
+        recall = self.task == "associative_recall"
+        fewest = 2 * self.pairs + 2 if recall else 3 if self.task == "induction_heads" else 2
+        if self.symbols < fewest:
+            raise ValueError(f"data.symbols: expected {fewest} or more for {self.task}, got {self.symbols}")
+        for name in ("lengths", "test_lengths"):
+            bounds = getattr(self, name)
+            if len(bounds) != 2:
+                raise ValueError(f"data.{name}: expected the shortest and the longest, got {bounds}")
+            self.check_lengths(f"data.{name}", bounds)
+
+    def check_lengths(self, setting: str, lengths: list[int]) -> None:
+        """Raises ValueError for one that cannot be drawn."""
+        least = 4 * self.pairs if self.task == "associative_recall" else SYNTHETIC[self.task]
+        if list(lengths) != sorted(lengths) or any(n < least for n in lengths):
+            raise ValueError(f"{setting}: expected ascending numbers from {least} up for {self.task}, got {lengths}")
+
+
+@dataclass
+class SyntheticEval(Eval):
+    lengths: list[int] = field(default_factory=list)  # further ones, at each of which the last weights are tested
+
+
+@dataclass
+class Synthetic(Run):
+    experiment: str = "synthetic"
+    data: SyntheticData = field(default_factory=SyntheticData)
+    eval: SyntheticEval = field(default_factory=SyntheticEval)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.data.check_lengths("eval.lengths", self.eval.lengths)
 
 
 @dataclass
@@ -426,7 +482,10 @@ class Efficiency:
         where(self)
 
 
-EXPERIMENTS = {"selective_copy": SelectiveCopy, "charlm": CharLM, "decision": Decision, "efficiency": Efficiency}
+EXPERIMENTS = {
+    "selective_copy": SelectiveCopy, "charlm": CharLM, "decision": Decision, "synthetic": Synthetic,
+    "efficiency": Efficiency,
+}  # fmt: skip
 
 
 @cache

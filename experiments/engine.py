@@ -284,7 +284,7 @@ class _Training:
         self.began, clock = time.monotonic() - state.seconds, time.perf_counter()
         saved_at, total = time.monotonic(), torch.full((), state.loss_sum, device=self.device)
         self.task.model.train()
-        while state.step < steps and not (train.patience and state.since_best >= train.patience):
+        while state.step < steps and not self._enough():
             torch.manual_seed(noise_seed(cfg.seed, state.step, self.rank))
             parts = [part.split(batch)[self.rank :: self.world] for part in self.task.batch(state.step)]
             total += self.trainer.step(state.step, self.task.loss, zip(*parts, strict=True))
@@ -312,6 +312,15 @@ class _Training:
                 text = "told to stop" if stop.is_set else "out of budget"
                 raise Paused(f"{text} at step {state.step} of {steps}", "stopped" if stop.is_set else "paused")
             clock = time.perf_counter()
+
+    def _enough(self) -> bool:
+        """Whether patience is at an end, or the target reached."""
+        train, best = self.cfg.train, self.state.best.get(f"val_{self.task.select}")
+        if train.patience and self.state.since_best >= train.patience:
+            return True
+        if train.target is None or best is None:
+            return False
+        return best >= train.target if self.task.maximize else best <= train.target
 
     def _log(self, loss_sum: float, evaluating: bool) -> None:
         """The loss since the last call, and an evaluation, which may be a new best."""

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from . import config, files
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-GROUPS = ("model", "convention", "optimizer", "part", "profile", "launcher")
+GROUPS = ("task", "model", "convention", "optimizer", "part", "profile", "launcher")
 PATHS = ("results_dir", "output_dir", "data.path")
 WRONG, UNFINISHED, INTERRUPTED = 2, 75, 130
 _outcomes: list[str] = []

@@ -265,12 +265,19 @@ class TokenModel(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(
-        self, tokens: Tensor, state: State | None = None, last: int | None = None
+        self, tokens: Tensor, state: State | None = None, last: int | None = None, marked: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
-        """Logits (B, T, vocab_out) of ids (B, T), of the last `last` steps only where given, and the state."""
+        """Logits (B, T, vocab_out) of ids (B, T), and the state.
+
+        Where given, of the `last` steps only, or of the N steps that are `marked` (B, T) as (N, vocab_out).
+        """
         x, state = self._embed(tokens, state)
         x, inner = self.backbone(x, None if state is None else state[-1])
-        return self.head(x if last is None else x[:, -last:]), None if state is None else self._join(state, inner)
+        if last is not None:
+            x = x[:, -last:]
+        if marked is not None:
+            x = x[marked]
+        return self.head(x), None if state is None else self._join(state, inner)
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """Logits (B, vocab_out) of ids (B,), and the state."""

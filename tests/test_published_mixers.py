@@ -187,21 +187,27 @@ def sru(p, x):
     return linear(p, "out", torch.stack(rows, 1))
 
 
-def two_layer_gates(p, x):
+def two_layer_gates(signed):
     """arXiv 2410.01201, sections 3.1 and 3.2, with an MLP for each gate's Linear."""
 
     def g(x):
         return torch.where(x >= 0, x + 0.5, sigmoid(x))
 
-    h, rows = g(p["initial"]).expand(B, -1), []
-    for x_t in x.unbind(1):
-        hidden, candidate = linear(p, "rnn.fc", x_t).chunk(2, -1)
-        hidden = hidden / 2 * (1 + torch.erf(hidden / math.sqrt(2)))
-        gates = sigmoid(linear(p, "rnn.gates", hidden)).split(h.shape[1], -1)
-        f, i = (1 - gates[0], gates[0]) if len(gates) == 1 else gates
-        h = (f * h + i * g(candidate)) / (f + i)
-        rows.append(h)
-    return linear(p, "out", torch.stack(rows, 1))
+    def block(p, x):
+        h, rows = g(p["initial"]).expand(B, -1), []
+        for x_t in x.unbind(1):
+            hidden, candidate = linear(p, "rnn.fc", x_t).chunk(2, -1)
+            hidden = hidden / 2 * (1 + torch.erf(hidden / math.sqrt(2)))
+            gates = sigmoid(linear(p, "rnn.gates", hidden)).split(h.shape[1], -1)
+            f, i = (1 - gates[0], gates[0]) if len(gates) == 1 else gates
+            f, i = f / (f + i), i / (f + i)
+            if signed:
+                f, i = f - i, 1 - (f - i).abs()
+            h = f * h + i * g(candidate)
+            rows.append(h)
+        return linear(p, "out", torch.stack(rows, 1))
+
+    return block
 
 
 def ssm(inner, wrapping, **settings):
@@ -224,8 +230,10 @@ BLOCKS = {
     "QRNN, window 4": (make("qrnn", window=4), qrnn(4)),
     "SRU": (make("sru"), sru),
     "SRU, wider": (make("sru", expansion=2), sru),
-    "minGRU, two-layer gates": (make("mingru", expansion=2, gate_layers=2), two_layer_gates),
-    "minLSTM, two-layer gates": (make("minlstm", expansion=2, gate_layers=2), two_layer_gates),
+} | {
+    f"{name}, signed={signed}": (make(name, expansion=2, signed=signed, gate_layers=2), two_layer_gates(signed))
+    for name in ("mingru", "minlstm")
+    for signed in (False, True)
 }
 
 

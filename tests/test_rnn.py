@@ -23,6 +23,8 @@ VARIANTS = [
     pytest.param(MinLSTM, {"activation": "identity"}, id="lstm-identity"),
     pytest.param(MinLSTM, {"normalize_gates": False}, id="lstm-unnormalized"),
     pytest.param(MinLSTM, {"normalize_gates": False, "activation": "identity"}, id="lstm-unnormalized-identity"),
+    pytest.param(MinGRU, {"signed": True}, id="gru-signed"),
+    pytest.param(MinLSTM, {"signed": True, "activation": "identity"}, id="lstm-signed-identity"),
 ]
 each_layer = pytest.mark.parametrize("layer", LAYERS)
 each_variant = pytest.mark.parametrize("layer, options", VARIANTS)

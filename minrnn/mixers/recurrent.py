@@ -96,8 +96,8 @@ class MinGRUMixer(_MinRNNMixer):
     With gate_layers=2 its gate is Linear(GELU(Linear(x))), as wide between as the state, which nobody has published.
     """
 
-    def __init__(self, dim: int, expansion: float = 6, gate_layers: int = 1):
-        super().__init__(dim, expansion, gate_layers, MinGRU, mingru_scan)
+    def __init__(self, dim: int, expansion: float = 6, signed: bool = False, gate_layers: int = 1):
+        super().__init__(dim, expansion, gate_layers, MinGRU, partial(mingru_scan, signed=signed), signed=signed)
 
 
 class MinLSTMMixer(_MinRNNMixer):
@@ -113,12 +113,13 @@ class MinLSTMMixer(_MinRNNMixer):
         expansion: float = 6,
         normalize_gates: bool = True,
         forget_bias: float = 0,
+        signed: bool = False,
         gate_layers: int = 1,
     ):
         if gate_layers == 2 and forget_bias:
             raise ValueError(f"forget_bias: expected 0 where gate_layers=2, got {forget_bias}")
-        settings = {"normalize_gates": normalize_gates, "forget_bias": forget_bias}
-        scan = partial(minlstm_scan, normalize=normalize_gates)
+        settings = {"normalize_gates": normalize_gates, "forget_bias": forget_bias, "signed": signed}
+        scan = partial(minlstm_scan, normalize=normalize_gates, signed=signed)
         super().__init__(dim, expansion, gate_layers, MinLSTM, scan, **settings)
 
 
