@@ -53,14 +53,22 @@ class Model:
     init: str = "torch"  # or gpt2, dt
     tied: bool = False  # head and embedding
     positions: bool = False  # learned, for as many as the experiment's sequences have; decision models have times
+    attention_at: int | None = None  # the layer, from 0, whose mixer is attention
+    attention_heads: int | None = None  # of that one; None: as for attention
 
     def __post_init__(self):
         positive(self, "model", "dim", "layers")
         between(self, "model", 0, None, "conv", "mlp")
         between(self, "model", 0, 1, "dropout")
-        for name in ("expansion", "heads", "state_size"):
+        for name in ("expansion", "heads", "state_size", "window", "attention_heads"):
             if getattr(self, name, None) is not None:
                 positive(self, "model", name)
+        if hasattr(self, "gate_layers"):
+            one_of(self, "model", "gate_layers", (1, 2))
+        if self.attention_at is not None:
+            between(self, "model", 0, self.layers - 1, "attention_at")
+        elif self.attention_heads is not None:
+            raise ValueError(f"model.attention_heads: expected null without attention_at, got {self.attention_heads}")
         if hasattr(self, "forget_bias"):
             between(self, "model", None, None, "forget_bias")
         one_of(self, "model", "activation", ("gelu", "relu", "geglu"))
@@ -100,6 +108,7 @@ MODEL_KEYS = tuple(f.name for f in fields(Model))
 class MinGRU(Model):
     expansion: float = 6  # units of the RNN over dim
     signed: bool = False  # coefficients in (-1, 1)
+    gate_layers: int = 1  # or 2: an MLP for the gates
 
 
 @dataclass
@@ -157,8 +166,26 @@ class Aaren(Model):
     heads: int | None = None  # as for attention
 
 
+@dataclass
+class QRNN(Model):
+    """The recurrence of minGRU behind a short convolution, with an output gate."""
+
+    name: str = "qrnn"
+    expansion: float = 1
+    window: int = 2  # of the convolution
+
+
+@dataclass
+class SRU(Model):
+    """Gates that see the state before through one weight a unit."""
+
+    name: str = "sru"
+    expansion: float = 1
+
+
 MODELS = {
     "mingru": MinGRU, "minlstm": MinLSTM, "gru": RNN, "lstm": RNN, "attention": Attention, "aaren": Aaren, "ssm": SSM,
+    "qrnn": QRNN, "sru": SRU,
 }  # fmt: skip
 
 

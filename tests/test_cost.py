@@ -88,15 +88,34 @@ def test_rms_norm_is_one_operator(fake):
     assert named(found) == [("aten::native_layer_norm", 0, 4 * (2 * 8 * 16 + 16 + 2 * 8), 1)]  # and 2 numbers a row
 
 
-@pytest.mark.parametrize("name", ["mingru", "gru", "attention", "aaren", "mamba"])
+@pytest.mark.parametrize("name", ["mingru", "mingru_mlp_gates", "gru", "attention", "aaren", "mamba", "qrnn", "sru"])
 def test_no_gradient_changes_nothing(fake, name):
-    settings = {"name": "ssm", "inner": "s6", "wrapping": "mamba"} if name == "mamba" else {"name": name}
+    settings = {
+        "mamba": {"name": "ssm", "inner": "s6", "wrapping": "mamba"},
+        "mingru_mlp_gates": {"name": "mingru", "gate_layers": 2},
+    }.get(name, {"name": name})
     mixer, x = make(**settings)(32), torch.zeros(2, 16, 32)
     plain = count(lambda: mixer(x))
     with torch.inference_mode():
         found = count(lambda: mixer(x))
     assert total(found) == total(plain)
     assert sum(found.values()) == sum(plain.values())
+
+
+def test_products_of_the_recurrent_mixers(fake):
+    B, T, D, H = 2, 16, 32, 64
+    products = {
+        ("qrnn", "window", 2): 2 * D * 3 * H,
+        ("sru", "expansion", 2): D * 4 * H,
+        ("mingru", "gate_layers", 2): D * 2 * H + H * H,
+        ("minlstm", "gate_layers", 2): D * 2 * H + H * 2 * H,
+    }
+    for (name, key, value), expected in products.items():
+        mixer, x = make(name, **{"expansion": 2, key: value})(D), torch.zeros(B, T, D, requires_grad=True)
+        found = count(lambda: mixer(x))  # noqa: B023
+        assert total(found)[0] == 2 * B * T * (expected + H * D), name
+        both = count(lambda: mixer(x)[0].backward(torch.zeros(B, T, D)))  # noqa: B023
+        assert total(both)[0] == 3 * total(found)[0], name
 
 
 @pytest.mark.parametrize("kind, gates, states", [(nn.GRU, 3, 1), (nn.LSTM, 4, 2)])
