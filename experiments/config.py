@@ -65,6 +65,7 @@ class Model:
                 positive(self, "model", name)
         if hasattr(self, "gate_layers"):
             one_of(self, "model", "gate_layers", (1, 2))
+            one_of(self, "model", "backend", ("auto", "cpu", "triton", "reference", "log"))
         if self.attention_at is not None:
             between(self, "model", 0, self.layers - 1, "attention_at")
         elif self.attention_heads is not None:
@@ -109,6 +110,7 @@ class MinGRU(Model):
     expansion: float = 6  # units of the RNN over dim
     signed: bool = False  # coefficients in (-1, 1)
     gate_layers: int = 1  # or 2: an MLP for the gates
+    backend: str = "auto"  # of the scan; log is the paper's form
 
 
 @dataclass

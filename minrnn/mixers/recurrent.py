@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import mingru_scan, minlstm_scan
+from ..ops.scan import Backend
 from ..rnn import MinGRU, MinLSTM
 from .base import Mixer, State, like
 
@@ -94,10 +96,14 @@ class MinGRUMixer(_MinRNNMixer):
     """minGRU (`minrnn.MinGRU`) of `expansion * dim` units with a learned initial state, and a projection to dim.
 
     With gate_layers=2 its gate is Linear(GELU(Linear(x))), as wide between as the state, which nobody has published.
+    signed and backend are the layer's.
     """
 
-    def __init__(self, dim: int, expansion: float = 6, signed: bool = False, gate_layers: int = 1):
-        super().__init__(dim, expansion, gate_layers, MinGRU, partial(mingru_scan, signed=signed), signed=signed)
+    def __init__(
+        self, dim: int, expansion: float = 6, signed: bool = False, gate_layers: int = 1, backend: Backend = "auto"
+    ):
+        settings: dict[str, Any] = {"signed": signed, "backend": backend}
+        super().__init__(dim, expansion, gate_layers, MinGRU, partial(mingru_scan, **settings), **settings)
 
 
 class MinLSTMMixer(_MinRNNMixer):
@@ -115,11 +121,13 @@ class MinLSTMMixer(_MinRNNMixer):
         forget_bias: float = 0,
         signed: bool = False,
         gate_layers: int = 1,
+        backend: Backend = "auto",
     ):
         if gate_layers == 2 and forget_bias:
             raise ValueError(f"forget_bias: expected 0 where gate_layers=2, got {forget_bias}")
-        settings = {"normalize_gates": normalize_gates, "forget_bias": forget_bias, "signed": signed}
-        scan = partial(minlstm_scan, normalize=normalize_gates, signed=signed)
+        settings: dict[str, Any] = {"signed": signed, "backend": backend}
+        scan = partial(minlstm_scan, normalize=normalize_gates, **settings)
+        settings |= {"normalize_gates": normalize_gates, "forget_bias": forget_bias}
         super().__init__(dim, expansion, gate_layers, MinLSTM, scan, **settings)
 
 
