@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,17 @@ def _chosen(experiment: str, choices: tuple[str, ...]) -> DictConfig:
     config.register()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS / experiment)):
         return hydra.compose("config", [SEARCH, *choices])
+
+
+def command(main: Callable, *arguments: Any, refusals: tuple[type[Exception], ...] = ()) -> None:
+    """Ends the process with what `main` returns; a Refusal, and what else is expected, is said in one line."""
+    try:
+        sys.exit(main(*arguments))
+    except (files.Refusal, *refusals) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def settings_of(kind: type, arguments: list[str]) -> Any:

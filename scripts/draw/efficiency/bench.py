@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from scripts.efficiency import Part, Point, milliseconds
+from ..grids import Grid
+from . import Part, Point, milliseconds
 
-Grid = tuple[list[str], list[list[str]]]
 Row = dict[str, Point]  # by layer
 
 STEPS = 400_000  # of selective copying in the paper
