@@ -50,6 +50,13 @@ class Trained:
         return model.eval()
 
 
+def find(experiment: str, settings: Any, which: str, device: str = "cpu") -> Trained:
+    """What `run`, its best or last weights, or else `model` names, of any settings that have these and the folders."""
+    if settings.run:
+        return of_run(experiment, settings.run, which, settings.results_dir, settings.output_dir, device)
+    return shipped(experiment, settings.model, settings.results_dir, device)
+
+
 def of_run(experiment: str, run: str, which: str, results_dir: str, output_dir: str, device: str = "cpu") -> Trained:
     """A run's best or last weights. Raises ValueError: no such run, or its checkpoint is not here."""
     path = records.record_path(results_dir, experiment, run)

@@ -1,5 +1,7 @@
 """The grid of the character model."""
 
+from functools import partial
+
 from ..config import PROFILES
 from .core import CHOSEN, SCALES, SHORT, Cell, Metric, Table, rate_cells, rate_table
 
@@ -18,44 +20,34 @@ MORE = (
 MODELS = ("minGRU", "minLSTM", "Mamba", "Transformer", "GRU", "LSTM")
 BOTH = ("minGRU", "minLSTM", "Mamba", "Transformer")  # that have both conventions
 
+_table = partial(Table, settings=SCALE, more=MORE)
 TABLES = {
-    "charlm": Table(
+    "charlm": _table(
         title="Character model",
         caption="Character models of Tiny Shakespeare. All models follow nanoGPT's convention, as the paper did: tied "
         "embeddings, GPT-2's initialisation, LayerNorm without bias, weight decay on matrices only. minGRU, minLSTM, "
         "GRU and LSTM use the paper's block with the parts of the authors' code (convolution of 4 and pointwise, RNN, "
         "GEGLU). The Transformer uses nanoGPT's block. Mamba's block has no MLP, and starts from the initial values "
         "that its authors give for language. The paper does not compare GRU and LSTM.",
-        column=None,
-        settings=SCALE,
         panels=(("", MODELS),),
-        more=MORE,
     ),
-    "charlm_convention": Table(
+    "charlm_convention": _table(
         title="Character model: effect of the convention",
         caption="The same models under two conventions. nanogpt: tied embeddings, GPT-2's initialisation (Mamba's own "
         "for Mamba), LayerNorm without bias. torch: embeddings drawn from N(0, 1), a separate head, torch's default "
         "initialisation, RMSNorm, as in the authors' public code.",
         column="convention",
-        settings=SCALE,
-        more=MORE,
     ),
-    "charlm_nanogpt": Table(
+    "charlm_nanogpt": _table(
         title="Calibration: nanoGPT's settings",
         caption="Tiny Shakespeare at settings for which nanoGPT's README states a loss. minGRU, in the paper's block, "
         "trains for as many steps on as many characters.",
-        column=None,
-        settings=SCALE,
-        more=MORE,
         published="nanoGPT",
         published_scale=("cpu", "paper"),
     ),
-    "charlm_docs": Table(
+    "charlm_docs": _table(
         title="Character model of another text",
         caption="A character model of the help() texts that come with Python, for machines without Tiny Shakespeare.",
-        column=None,
-        settings=SCALE,
-        more=MORE,
     ),
 }
 RATES = {

@@ -63,8 +63,8 @@ def _compose(experiment: str, overrides: tuple[str, ...]) -> dict[str, Any]:
 class Table:
     title: str
     caption: str
-    column: str | None  # what its columns are; None where there is but one
     settings: tuple[tuple[str, str], ...]  # (key of a run's configuration, name): the scale, stated in the caption
+    column: str | None = None  # what its columns are; None where there is but one
     chance: Callable[[dict[str, Any]], float] | None = None  # of a configuration, in the metric's unit
     panels: tuple[tuple[str, tuple[str, ...]], ...] = ()  # of the figure of curves: title, rows
     more: tuple[tuple[str, str, str], ...] = ()  # further columns: head, metric, of "last" or "best"
@@ -106,7 +106,7 @@ CHOSEN = "The tables above use the best rate of each row."
 
 
 def rate_table(title: str, caption: str, settings: tuple[tuple[str, str], ...]) -> Table:
-    return Table(title, caption, "learning rate", settings, wide=True)
+    return Table(title, caption, settings, "learning rate", wide=True)
 
 
 def rate_cells(

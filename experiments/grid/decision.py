@@ -1,5 +1,7 @@
 """The grid of the decision models."""
 
+from functools import partial
+
 from .core import CHOSEN, SCALES, SHORT, Cell, Metric, Table, rate_cells, rate_table
 
 METRICS = {
@@ -27,8 +29,9 @@ DATASETS = tuple(
 REPLAY, WALKER = "data.dataset=local/hopper-medium-replay", "data.dataset=local/walker2d-medium"
 SMALL_TIMES = "data.timestep_std=0.02"
 
+_table = partial(Table, settings=SCALE, more=MORE)
 TABLES = {
-    "decision_local": Table(
+    "decision_local": _table(
         title="Decision RNNs on local data",
         caption="Policies trained on datasets that this project collects (`scripts.collect`) in D4RL's schema and at "
         "D4RL's levels. These scores do not compare with scores on D4RL's own datasets. minGRU, minLSTM, DAaren and "
@@ -36,28 +39,21 @@ TABLES = {
         "The target returns are Decision Transformer's: 3600 and 1800 on Hopper, 12000 and 6000 on HalfCheetah, 5000 "
         "and 2500 on Walker2d.",
         column="dataset",
-        settings=SCALE,
-        more=MORE,
         wide=True,
     ),
-    "decision_variants": Table(
+    "decision_variants": _table(
         title="Decision RNNs: effect of design choices",
         caption="Design choices on local/hopper-medium-replay. Unless a row says otherwise, windows are padded on the "
         "right, where no model sees the padding; a step is three tokens; minimal RNNs carry their state through the "
         "episode; timestep embeddings start from N(0, 1), as published. With padding on the left, the padding runs "
         "through the recurrence, as in Decision Mamba's code. With one token a step, that token joins state, "
         "return-to-go and the previous action, as in Decision S4.",
-        column=None,
-        settings=SCALE,
-        more=MORE,
     ),
-    "table3_d4rl": Table(
+    "table3_d4rl": _table(
         title="Table 3: D4RL",
         caption="Policies trained on D4RL's own datasets. minGRU, minLSTM, DAaren and DS4 carry their state through "
         "the episode. DT and DMamba reread the last 20 steps at each step, as published.",
         column="dataset",
-        settings=SCALE,
-        more=MORE,
         wide=True,
     ),
 }

@@ -1,6 +1,7 @@
 """The grid of selective copying."""
 
 import math
+from functools import partial
 from typing import Any
 
 from ..config import PROFILES
@@ -59,23 +60,19 @@ def commonest(config: dict[str, Any]) -> float:
     return 100 * expected / tokens
 
 
+_table = partial(Table, settings=SCALE, chance=chance)
 TABLES = {
-    "table1_layers": Table(
+    "table1_layers": _table(
         title="Table 1: layers",
         caption="Selective copying with 1, 2 and 3 layers.",
         column="layers",
-        settings=SCALE,
-        chance=chance,
     ),
-    "table2_selective_copy": Table(
+    "table2_selective_copy": _table(
         title="Table 2: selective copying",
         caption="Selective copying by architecture (no gate, H3, Mamba) and sequence layer. We trained every row. "
         "minGRU, minLSTM, GRU and LSTM have 3 layers. The other models have 2 layers and no weight decay, as in the "
         "Mamba paper. minLSTM unnormalised follows the authors' public code: gates that are not normalised, and a "
         "forget bias of 3.",
-        column=None,
-        settings=SCALE,
-        chance=chance,
         panels=(
             ("Recurrent networks", ("minGRU", "minLSTM", "minLSTM unnormalised", "GRU", "LSTM")),
             ("No gate", ("No gate S6", "No gate S4", "No gate S4D")),
@@ -83,12 +80,9 @@ TABLES = {
             ("Mamba", ("Mamba S6", "Mamba S4", "Mamba Hyena")),
         ),
     ),
-    "forget_bias": Table(
+    "forget_bias": _table(
         title="Figure 5: bias of the forget gate",
         caption="minLSTM with 3 layers on selective copying, by the initial bias of its forget gate.",
-        column=None,
-        settings=SCALE,
-        chance=chance,
         panels=(("minLSTM, bias of the forget gate", BIASES),),
     ),
 }

@@ -80,19 +80,24 @@ def _band(ax: Axes, seeds: list[list[list[float]]], scale: float, i: int, of: in
 def accuracy_against_steps(table: str, found: list[Entry]) -> Figure:
     figure = curves(panels_of(table, found), "val_accuracy", 100)
     for ax in figure.axes:
-        ax.set(ylim=(0, 103))
         _chance(ax, table, found)
-    figure.supxlabel("training steps", fontsize=8)
-    figure.supylabel("validation accuracy per token, %", fontsize=8)
-    return figure
+    return _labelled(figure, "training steps", "validation accuracy per token, %", 103)
 
 
 def loss_against_steps(table: str, found: list[Entry]) -> Figure:
-    figure = curves(panels_of(table, found), "train_loss")
+    return _labelled(curves(panels_of(table, found), "train_loss"), "training steps", "training loss, nats per token")
+
+
+def score_against_steps(table: str, found: list[Entry]) -> Figure:
+    return _labelled(curves(panels_of(table, found), "val_score"), "training steps", "evaluation score, % of an expert")
+
+
+def _labelled(figure: Figure, below: str, beside: str, top: float | None = None) -> Figure:
+    """The vertical axes from zero on."""
     for ax in figure.axes:
-        ax.set_ylim(bottom=0)
-    figure.supxlabel("training steps", fontsize=8)
-    figure.supylabel("training loss, nats per token", fontsize=8)
+        ax.set_ylim(0, top)
+    figure.supxlabel(below, fontsize=8)
+    figure.supylabel(beside, fontsize=8)
     return figure
 
 
@@ -117,15 +122,6 @@ def loss_against_steps_and_time(table: str, found: list[Entry]) -> Figure:
     return figure
 
 
-def score_against_steps(table: str, found: list[Entry]) -> Figure:
-    figure = curves(panels_of(table, found), "val_score")
-    for ax in figure.axes:
-        ax.set_ylim(bottom=0)
-    figure.supxlabel("training steps", fontsize=8)
-    figure.supylabel("evaluation score, % of an expert", fontsize=8)
-    return figure
-
-
 def score_against_target(table: str, found: list[Entry]) -> Figure:
     """The score reached against the score asked for, after the last step; on the diagonal they are equal."""
 
@@ -139,10 +135,7 @@ def score_against_target(table: str, found: list[Entry]) -> Figure:
     figure = curves(drawn, "")
     for ax in figure.axes:
         ax.plot((0, 100), (0, 100), color="#888888", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
-        ax.set_ylim(bottom=0)
-    figure.supxlabel("score asked for, % of an expert", fontsize=8)
-    figure.supylabel("score reached, % of an expert", fontsize=8)
-    return figure
+    return _labelled(figure, "score asked for, % of an expert", "score reached, % of an expert")
 
 
 def interquartile(table: str, found: list[Entry]) -> Figure:
