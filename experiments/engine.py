@@ -259,7 +259,7 @@ class _Training:
 
     def run(self) -> _State:
         """Raises Paused and Diverged."""
-        with processes.stop_signals() as stop, self.log, self.progress:
+        with processes.stop_signals() as stop, self.log, contextlib.closing(self.progress.bar):
             self._steps(stop)
             self._save(needed=False)
             self._test()
@@ -388,12 +388,6 @@ class _Progress:
             disable=not cfg.progress or rank > 0, dynamic_ncols=True,
         )  # fmt: skip
         self.first, self.began, self.shown, self.written = step, time.monotonic(), {}, 0.0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
 
     def show(self, step: int, values: dict[str, float]) -> None:
         self.shown |= values

@@ -50,11 +50,20 @@ class Trained:
         return model.eval()
 
 
-def find(experiment: str, settings: Any, which: str, device: str = "cpu") -> Trained:
-    """What `run`, its best or last weights, or else `model` names, of any settings that have these and the folders."""
-    if settings.run:
-        return of_run(experiment, settings.run, which, settings.results_dir, settings.output_dir, device)
-    return shipped(experiment, settings.model, settings.results_dir, device)
+@dataclass
+class Choice:
+    """The settings by which a command finds a trained model."""
+
+    run: str = ""
+    model: str = "mingru"  # of the weights that come with the repository, where there is no run
+    results_dir: str = "results"
+    output_dir: str = "outputs"
+
+    def find(self, experiment: str, which: str, device: str = "cpu") -> Trained:
+        """The run's best or last weights, or those of `model`."""
+        if self.run:
+            return of_run(experiment, self.run, which, self.results_dir, self.output_dir, device)
+        return shipped(experiment, self.model, self.results_dir, device)
 
 
 def of_run(experiment: str, run: str, which: str, results_dir: str, output_dir: str, device: str = "cpu") -> Trained:

@@ -47,7 +47,7 @@ def measure(tmp_path, *overrides, why_stop=lambda: None):
 # -- what is measured
 
 
-@pytest.mark.parametrize("name", shown.BENCH)
+@pytest.mark.parametrize("name", BENCH)
 def test_every_part_is_measured_and_shown(tmp_path, name):
     assert efficiency.run(resolve(tmp_path, f"part={name}", *SMALL)) == "done"
     (path,) = (tmp_path / "results/runs/efficiency").glob("*/record.json")
@@ -280,7 +280,7 @@ def test_tables_show_ratios_and_shares(tmp_path):
     for name, points in found.items():
         part(tmp_path, name, points)
     ((_, parts),) = shown.load(tmp_path).items()
-    assert list(parts) == [name for name in shown.BENCH if name in found]
+    assert list(parts) == [name for name in BENCH if name in found]
     grids = {name: page.GRIDS[name](parts[name]) for name in parts}
     # 64 * 256 * 768 elements of 36 bytes at 40 GB/s take 11.3 ms, of 12 bytes 3.77; the scans took 20 and 4.
     times = ["4 / 4.4", "8 / 8.8", "20 / 22"]

@@ -11,6 +11,7 @@ import pytest
 
 from experiments import grid, launch
 from experiments.config import EXPERIMENTS, typed
+from experiments.grid.efficiency import BENCH
 from scripts import collect
 from scripts.draw import cells, efficiency, findings, pages, report, tables
 
@@ -51,7 +52,7 @@ def possible():
     for (profile, machine), parts in efficiency.load(ROOT / "results").items():
         ending = efficiency.slug(profile, machine)
         names |= {f"found:efficiency_{ending}", f"figure:efficiency_{ending}"}
-        names |= {f"table:efficiency_{part}_{ending}" for part in ("claims", *grid.efficiency.BENCH, *parts)}
+        names |= {f"table:efficiency_{part}_{ending}" for part in ("claims", *BENCH, *parts)}
     return names
 
 

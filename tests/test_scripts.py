@@ -268,18 +268,16 @@ def test_a_value_of_the_paper_stands_in_its_columns_only(tmp_path):
 
 
 def test_the_report_says_what_the_numbers_say(tmp_path):
-    for label, value in (
-        ("minGRU, layers 1", 0.44), ("minGRU, layers 2", 0.92), ("minGRU, layers 3", 0.99),
-        ("minLSTM, layers 1", 0.5), ("minLSTM, layers 2", 0.4), ("minLSTM, layers 3", 0.95), ("No gate S4", 0.12),
-    ):  # fmt: skip
+    values = {
+        "minGRU, layers 1": 0.44, "minGRU, layers 2": 0.92, "minGRU, layers 3": 0.99, "No gate S4": 0.12,
+        "minLSTM, layers 1": 0.5, "minLSTM, layers 2": 0.4, "minLSTM, layers 3": 0.95,
+    }  # fmt: skip
+    for label, value in values.items():
         put(tmp_path, make_record(find("cpu", label, 1)[0], value))
     report.write_all(tmp_path)
     page = (tmp_path / "REPORT.md").read_text()
     assert "The rows share 1 seed, too few for a verdict." in page and "above 95" not in page
-    for label, value in (
-        ("minGRU, layers 1", 0.44), ("minGRU, layers 2", 0.92), ("minGRU, layers 3", 0.99), ("No gate S4", 0.12),
-        ("minLSTM, layers 1", 0.5), ("minLSTM, layers 2", 0.4), ("minLSTM, layers 3", 0.95),
-    ):  # fmt: skip
+    for label, value in values.items():
         put(tmp_path, make_record(find("cpu", label)[1], value))
     put(tmp_path, make_record(find("cpu", "No gate S4")[2], 0.9))  # a seed that the other rows do not have
     report.write_all(tmp_path)

@@ -14,23 +14,13 @@ from functools import partial
 
 import torch
 
-from .. import trained
 from ..launch import command, settings_of
 from . import model, read, sample, whole_loss
 
 
 @dataclass
-class Settings:
-    run: str = ""
-    model: str = "mingru"  # of the weights that come with the repository, where there is no run
-    weights: str = "best"  # or last, of a run
+class Settings(sample.Choice):
     path: str = ""  # of the text, where it is not found by itself
-    results_dir: str = "results"
-    output_dir: str = "outputs"
-    device: str = "cpu"
-
-    def __post_init__(self):
-        sample.check(self)
 
 
 parse = partial(settings_of, Settings, __doc__)
@@ -38,7 +28,7 @@ parse = partial(settings_of, Settings, __doc__)
 
 def main(arguments: list[str]) -> None:
     settings = parse(arguments)
-    found = trained.find("charlm", settings, settings.weights, settings.device)
+    found = settings.chosen()
     cfg = found.cfg
     if settings.path:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=settings.path))

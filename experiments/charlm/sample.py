@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,18 +29,29 @@ from . import model
 
 
 @dataclass
-class Settings:
-    run: str = ""
-    model: str = "mingru"  # of the weights that come with the repository, where there is no run
+class Choice(trained.Choice):
+    weights: str = "best"  # or last, of a run
+    device: str = "cpu"
+
+    def __post_init__(self):
+        one_of(self, "", "weights", ("best", "last"))
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            text = str(error).splitlines()[0]
+            raise ValueError(f"device: {self.device!r} cannot be used here ({text})") from None
+
+    def chosen(self) -> trained.Trained:
+        return self.find("charlm", self.weights, self.device)
+
+
+@dataclass
+class Settings(Choice):
     prompt: str = ""  # empty: a line end, or the first of the text's characters where it has none
     tokens: int = 500
     temperature: float = 0.8  # 0 takes the likeliest
     top_k: int = 0  # choose among so many; 0: all
     seed: int = 0
-    weights: str = "best"  # or last, of a run
-    results_dir: str = "results"
-    output_dir: str = "outputs"
-    device: str = "cpu"
 
     def __post_init__(self):
         if self.tokens < 1 or not self.temperature >= 0 or self.top_k < 0:
@@ -49,16 +59,7 @@ class Settings:
                 "expected tokens >= 1, temperature >= 0 and top_k >= 0, "
                 f"got {self.tokens}, {self.temperature} and {self.top_k}"
             )
-        check(self)
-
-
-def check(settings: Any) -> None:
-    """Of `weights` and `device`."""
-    one_of(settings, "", "weights", ("best", "last"))
-    try:
-        torch.zeros(1, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {settings.device!r} cannot be used here ({str(error).splitlines()[0]})") from None
+        super().__post_init__()
 
 
 parse = partial(settings_of, Settings, __doc__)
@@ -66,7 +67,7 @@ parse = partial(settings_of, Settings, __doc__)
 
 def load(settings: Settings) -> tuple[TokenModel, str]:
     """The model and its vocabulary."""
-    found = trained.find("charlm", settings, settings.weights, settings.device)
+    found = settings.chosen()
     vocabulary = found.facts["vocabulary"]
     return found.fill(model(found.cfg, len(vocabulary)).to(settings.device)), vocabulary
 

@@ -36,16 +36,12 @@ ROUND = np.linspace(-math.pi / 2, math.pi / 2, 16)  # half a circle
 
 
 @dataclass
-class Settings:
-    run: str = ""
-    model: str = "mingru"  # of the policy that comes with the repository, where there is no run
+class Settings(trained.Choice):
     target: float = 80  # the score that is asked for
     seed: int = 0  # of the episode's beginning, among those of the test episodes
     frames: int = 12
     every: int = 0  # steps from frame to frame; 0: so many that the frames span the episode
     path: str = "strip.png"
-    results_dir: str = "results"
-    output_dir: str = "outputs"
 
     def __post_init__(self):
         between(self, "", None, None, "target")
@@ -76,7 +72,7 @@ class Policy:
 
 def load(settings: Settings) -> Policy:
     """The one that `run`, its last weights, or `model` names."""
-    found = trained.find("decision", settings, "last")
+    found = settings.find("decision", "last")
     facts = found.facts if "state_mean" in found.facts else normalization(found)
     sizes = data.ENVIRONMENTS[data.split_name(found.cfg.data.dataset)[1]].sizes
     mean, std = (torch.as_tensor(facts[key]) for key in ("state_mean", "state_std"))

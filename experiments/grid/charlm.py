@@ -65,6 +65,10 @@ def _model(row: str, convention: str = "nanogpt") -> tuple[str, ...]:
     return (f"model={row.lower()}", *((f"convention={convention}",) if convention != "nanogpt" else ()))
 
 
+def _nanogpt(order: int, row: str, profile: str, *settings: str) -> Cell:
+    return _cell(order, "charlm_nanogpt", row, *settings, profiles=(profile,))
+
+
 CELLS = (
     *(_cell(order, "charlm", row, *_model(row)) for order, row in zip((1, 3, 4, 2, 6, 7), MODELS, strict=True)),
     *(
@@ -73,20 +77,11 @@ CELLS = (
         for convention in ("nanogpt", "torch")
     ),
     # nanoGPT's README states the loss at its own rate.
-    _cell(
-        2, "charlm_nanogpt", "Transformer, 4 layers, 128 wide", "model=transformer", "train.learning_rate=1e-3",
-        profiles=("cpu",),
-    ),
-    _cell(
-        5, "charlm_nanogpt", "minGRU, 3 layers, 128 wide", "model=mingru", "model.dim=128", "train.learning_rate=1e-3",
-        profiles=("cpu",),
-    ),
-    _cell(
-        8, "charlm_nanogpt", "Transformer, 6 layers, 384 wide", "model=transformer", "profile=nanogpt",
-        profiles=("paper",),
-    ),
+    _nanogpt(2, "Transformer, 4 layers, 128 wide", "cpu", "model=transformer", "train.learning_rate=1e-3"),
+    _nanogpt(5, "minGRU, 3 layers, 128 wide", "cpu", "model=mingru", "model.dim=128", "train.learning_rate=1e-3"),
+    _nanogpt(8, "Transformer, 6 layers, 384 wide", "paper", "model=transformer", "profile=nanogpt"),
     _cell(9, "charlm_docs", "minGRU", "model=mingru", "data.text=python_docs", profiles=("smoke",)),
-)  # fmt: skip
+)
 
 _ROWS = {row: _model(row) for row in MODELS} | {f"{row}, torch's": _model(row, "torch") for row in BOTH}
 RATE_CELLS = rate_cells(

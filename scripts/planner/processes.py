@@ -60,7 +60,7 @@ class Planner(Agenda):
     def go(self) -> None:
         queue, elsewhere, look = self.left(), [], 0.0
         bar = Bar(self)
-        with self._stop_signals(), bar:
+        with self._stop_signals(), contextlib.closing(bar.bar):
             try:
                 while self.jobs or (not self.stopping and (queue or elsewhere)):
                     for job in [job for job in self.jobs if job.process.poll() is not None]:

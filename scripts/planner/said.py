@@ -33,12 +33,6 @@ class Bar:
             bar_format="{percentage:3.0f} %|{bar}| {desc} [{elapsed}{postfix}]",
         )
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
-
     def show(self) -> None:
         if self.bar.disable or time.monotonic() - self.shown < 1:
             return
