@@ -1,4 +1,4 @@
-"""The least time of every training run of the plan, beside what was measured: `python -m scripts.roofline`
+"""The least time of every training run of the grid, beside what was measured: `python -m scripts.roofline`
 
     python -m scripts.roofline --profile paper      results/tables/roofline_paper.{md,csv}
 
@@ -164,7 +164,7 @@ def _alike(cfg: Run) -> str:
 
 
 def rows(runs: list[grid.Run], records: Iterable[dict[str, Any]], device: str) -> list[Row]:
-    """Work that differs in cost, in the plan's order; a row for each kind of machine that has records of it."""
+    """Work that differs in cost, in the grid's order; a row for each kind of machine that has records of it."""
     recorded: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if record["status"] == "done" and record["hardware"]["device"] == device:

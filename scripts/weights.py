@@ -18,7 +18,7 @@ import torch
 from experiments import charlm, files, records, trained
 from experiments.config import SECTIONS, run_id
 from experiments.decision import normalization
-from experiments.launch import command, settings_of
+from experiments.launch import CommandError, command, settings_of
 from experiments.records import read_record, record_path
 
 EXPERIMENTS = ("charlm", "decision")
@@ -132,7 +132,7 @@ def export(experiment: str, given: Settings) -> Path:
 def main(arguments: list[str]) -> None:
     experiment, *settings = arguments or ("--help",)
     if experiment not in (*EXPERIMENTS, "-h", "--help"):
-        raise ValueError(f"expected one of {', '.join(EXPERIMENTS)} first, got {experiment!r}")
+        raise CommandError(f"expected one of {', '.join(EXPERIMENTS)} first, got {experiment!r}")
     folder = export(experiment, settings_of(Settings, __doc__, settings if experiment in EXPERIMENTS else [experiment]))
     print(f"{folder}: {(folder / 'model.safetensors').stat().st_size / 2**20:.1f} MiB")
 

@@ -69,7 +69,7 @@ def fill(results, profile):
         put(results, make_record(run, 0.2 + 0.02 * (i % 20)))
 
 
-# -- the plan
+# -- the grid
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -30,7 +30,7 @@ Panel = tuple[str, dict[str, list[dict]]]  # title, and by model its records
 
 
 def panels_of(table: str, found: list[Entry]) -> list[Panel]:
-    """Those that have any record: as the plan divides a table's rows, or one for each column of a wide table."""
+    """Those that have any record: as the grid divides a table's rows, or one for each column of a wide table."""
     if TABLES[table].wide:
         columns = dict.fromkeys(entry.cell.column for entry in found)
         panels = [(c, {e.cell.row: e.done for e in found if e.cell.column == c}) for c in columns]
