@@ -30,8 +30,8 @@ def work_dir(output_dir: str | Path, experiment: str, run_id: str) -> Path:
 
 def header(settings: dict[str, Any], **made_with: Any) -> dict[str, Any]:
     """What every record begins with: the settings of its run, and by what and when it was made."""
-    same = {key: settings[key] for key in ("experiment", "profile", "seed")}
-    first = {"schema_version": SCHEMA_VERSION, "run_id": config.run_id(settings), **same, "config": settings}
+    first = {"schema_version": SCHEMA_VERSION, "run_id": config.run_id(settings)}
+    first |= {key: settings[key] for key in ("experiment", "profile")} | {"config": settings, "seed": settings["seed"]}
     return first | made_with | {"started": time.time()}
 
 
