@@ -545,9 +545,8 @@ def positive(config: Any, section: str, *names: str) -> None:
 def one_of(config: Any, section: str, name: str, values: tuple[Any, ...]) -> None:
     value = getattr(config, name)
     if value not in values:
-        near = nearest(str(value), map(str, values))
-        setting = f"{section}.{name}".strip(".")
-        raise ValueError(f"{setting}: expected one of {values}, got {value!r}; the nearest is {near}")
+        near = f"; the nearest is {nearest(str(value), map(str, values))}" if value else ""
+        raise ValueError(f"{f'{section}.{name}'.strip('.')}: expected one of {values}, got {value!r}{near}")
 
 
 def run_id(config: dict[str, Any]) -> str:

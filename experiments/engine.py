@@ -27,6 +27,7 @@ from . import checkpoints, files, machine, processes, records, tracking
 from .config import Run, Train, run_id
 from .seeds import noise_seed
 
+PACKAGES = ("numpy", "triton", "numba", "mamba-ssm", "gymnasium", "mujoco")
 DATA_FACTS = ("dataset_sha256", "vocabulary", "characters")  # of a task's facts
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -102,18 +103,8 @@ def _final(path: Path) -> str | None:
 
 def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world: int, build) -> str:
     products = machine.fast_products() if device.type == "cpu" else "torch"
-    record = {
-        "schema_version": records.SCHEMA_VERSION,
-        "run_id": name,
-        "experiment": cfg.experiment,
-        "profile": cfg.profile,
-        "config": dataclasses.asdict(cfg),
-        "seed": cfg.seed,
-        "git": machine.commit("minrnn", "experiments", "configs"),
-        "versions": machine.versions("numpy", "triton", "numba", "mamba-ssm", "gymnasium", "mujoco"),
-        "hardware": machine.hardware(device.type) | {"processes": world, "products": products},
-        "started": time.time(),
-    }
+    record = records.header(dataclasses.asdict(cfg), **machine.made_with(device.type, *PACKAGES))
+    record["hardware"] |= {"processes": world, "products": products}
     folder = records.work_dir(cfg.output_dir, cfg.experiment, name)
     try:
         machine.keep_freed_memory()
@@ -268,7 +259,7 @@ class _Training:
 
     def run(self) -> _State:
         """Raises Paused and Diverged."""
-        with processes.stop_signals() as stop, self.log, self.progress:
+        with processes.stop_signals() as stop, self.log, contextlib.closing(self.progress.bar):
             self._steps(stop)
             self._save(needed=False)
             self._test()
@@ -406,12 +397,6 @@ class _Progress:
             disable=not cfg.progress or rank > 0, dynamic_ncols=True,
         )  # fmt: skip
         self.first, self.began, self.shown, self.written = step, time.monotonic(), {}, 0.0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
 
     def show(self, step: int, values: dict[str, float]) -> None:
         self.shown |= values

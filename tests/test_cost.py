@@ -12,11 +12,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minrnn
-from experiments import cost
+from experiments import cost, grid
+from experiments.config import run_id
 from experiments.cost import Machine, Operation, count, total
 from experiments.launch import compose
 from minrnn.mixers import make
-from scripts import plan, roofline
+from scripts import roofline
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_this_machine(monkeypatch):
     assert 1e8 < found.matrix_rate < 1e13 and 1e-8 < found.launch < 1e-2
 
 
-CELL = next(c for c in plan.CELLS if c.table == "table1_layers" and c.row == "minGRU" and c.column == "1")
+CELL = next(c for c in grid.CELLS if c.table == "table1_layers" and c.row == "minGRU" and c.column == "1")
 HERE = Machine("this one", 10e9, 50e9, 1e-6)
 
 
@@ -186,7 +187,7 @@ def record(config, seed, hardware, speed):
     config = {**config, "seed": seed}
     return {
         "schema_version": 2,
-        "run_id": roofline.plan.run_id(config),
+        "run_id": run_id(config),
         "experiment": config["experiment"],
         "profile": config["profile"],
         "metrics": {"last": {}, "best": {}},
@@ -209,8 +210,8 @@ def test_roofline_of_a_record(tmp_path, monkeypatch, capsys):
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(found))
     monkeypatch.setattr(roofline, "limits", lambda device, threads: (HERE, 1))
-    runs = plan.runs("cpu", 1, [CELL])
-    monkeypatch.setattr(plan, "runs", lambda profile, seeds: runs)
+    runs = grid.runs("cpu", 1, [CELL])
+    monkeypatch.setattr(grid, "runs", lambda profile, seeds: runs)
     monkeypatch.setattr("sys.argv", ["roofline", "--profile", "cpu", "--device", "cpu", "--results-dir", str(tmp_path)])
     roofline.main()
 
@@ -263,6 +264,6 @@ def test_evaluations_of_the_character_model():
 
 
 def test_a_decision_run_can_be_counted():
-    cell = next(c for c in plan.CELLS if c.experiment == "decision" and "cpu" in c.profiles)
+    cell = next(c for c in grid.CELLS if c.experiment == "decision" and "cpu" in c.profiles)
     operations, moved = total(roofline.costs(roofline.typed(cell.config("cpu")))[0])
     assert operations > 0 and moved > 0

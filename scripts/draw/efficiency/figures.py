@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-from scripts.efficiency import BASELINES, FAMILIES, Part
-from scripts.style import STYLES, head
+from ..style import STYLES, head
+from . import BASELINES, FAMILIES, Part
 
 TITLES = {"minGRU": "minGRU and GRU", "minLSTM": "minLSTM and LSTM", "others": "Mamba and attention"}
 MIB = 2**20

@@ -1,10 +1,11 @@
 """What `make bench` measured, as tables: a grid and a caption for each of its parts. Needs no torch."""
 
 from collections.abc import Iterable
+from functools import partial
 
-from scripts.efficiency import Part, Point, milliseconds
+from ..grids import Grid
+from . import Part, Point, milliseconds
 
-Grid = tuple[list[str], list[list[str]]]
 Row = dict[str, Point]  # by layer
 
 STEPS = 400_000  # of selective copying in the paper
@@ -153,23 +154,15 @@ def copying_grid(part: Part) -> Grid:
     return ["(batch, T)", "minGRU, ms", "of it in the scan", f"{STEPS // 1000}k steps, hours", *others], lines
 
 
-def language_grid(part: Part) -> Grid:
-    found = rows(part, "batch", "length")
+def models_grid(keys: tuple[str, ...], head: tuple[str, ...], part: Part) -> Grid:
+    """A line for each combination of `keys`, the last two of which are a shape."""
+    found = rows(part, *keys)
     others = names(found.values(), "minGRU")
     lines = [
-        [shape(*sizes), time(row, "minGRU"), *(beside(row, name) for name in others)] for sizes, row in found.items()
+        [*key[:-2], shape(*key[-2:]), time(row, "minGRU"), *(beside(row, name) for name in others)]
+        for key, row in found.items()
     ]
-    return ["(batch, block)", "minGRU, ms", *others], lines
-
-
-def policy_grid(part: Part) -> Grid:
-    found = rows(part, "kind", "batch", "length")
-    others = names(found.values(), "minGRU")
-    lines = [
-        [kind, shape(*sizes), time(row, "minGRU"), *(beside(row, name) for name in others)]
-        for (kind, *sizes), row in found.items()
-    ]
-    return ["", "(batch, context)", "minGRU, ms", *others], lines
+    return [*head, "minGRU, ms", *others], lines
 
 
 GRIDS = {
@@ -177,6 +170,6 @@ GRIDS = {
     "layers": layers_grid,
     "precision": precision_grid,
     "copying": copying_grid,
-    "language": language_grid,
-    "policy": policy_grid,
+    "language": partial(models_grid, ("batch", "length"), ("(batch, block)",)),
+    "policy": partial(models_grid, ("kind", "batch", "length"), ("", "(batch, context)")),
 }

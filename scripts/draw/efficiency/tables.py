@@ -1,13 +1,17 @@
 """Tables of the efficiency experiment, from its records alone. Needs no torch."""
 
-import csv
-import io
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from scripts import efficiency_bench as bench
-from scripts.efficiency import BASELINES, TITLES, Part, Point, batch_sizes, milliseconds
+from .. import grids
+from ..grids import Grid
+from ..pages import write
+from . import BASELINES, TITLES, Machines, Part, Point, batch_sizes, bench, load, milliseconds, slug
+
+HALF = re.compile(r"^.*\| +b?float16 \|.*\n", re.MULTILINE)  # lines of 16 bits, left out of pages to stay readable
 
 # -- what the paper claims
 
@@ -92,11 +96,9 @@ CLAIMS = tuple(_claims())
 
 def long(parts: dict[str, Part]) -> str:
     """The csv's text: one line a number."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     varied = [key for key in VARIED if any(key in point for part in parts.values() for point in part.points)]
     sizes = ("width", "batch", "length", *varied)
-    writer.writerow(("part", "layer", *sizes, "status", "metric", "value", "run_id"))
+    lines = []
     for name, part in parts.items():
         for point in part.points:
             size = [point.get(key, "") for key in sizes]
@@ -104,9 +106,9 @@ def long(parts: dict[str, Part]) -> str:
                 size[1] = f"expansion {point['expansion']}"
             head = [name, point["layer"], *size, point["status"]]
             numbers = {k: v for k, v in point.items() if k in NUMBERS and v is not None}
-            for key, value in numbers.items() or {"": ""}.items():
-                writer.writerow([*head, key, f"{value:.10g}" if value != "" else "", part.record["run_id"]])
-    return out.getvalue()
+            for key, value in numbers.items() or [("", None)]:
+                lines.append([*head, key, grids.number(value), part.record["run_id"]])
+    return grids.as_csv(("part", "layer", *sizes, "status", "metric", "value", "run_id"), lines)
 
 
 VARIED = ("scan", "input", "dtype", "pass", "kind")  # columns where any point has them
@@ -116,7 +118,7 @@ NUMBERS = (
 )
 
 
-def grid(part: Part) -> tuple[list[str], list[list[str]]]:
+def grid(part: Part) -> Grid:
     """A line for each layer, a column for each size that varies: ms, and MiB where memory was measured.
 
     Of one token a line for each batch size too; of a context Mamba's time over ours for each. Parts of
@@ -146,7 +148,7 @@ def _cell(point: Point | None) -> str:
     return milliseconds(point["median"]) + (f", {point['peak'] / 2**20:.0f} MiB" if point.get("peak") else "")
 
 
-def parameters_grid(part: Part) -> tuple[list[str], list[list[str]]]:
+def parameters_grid(part: Part) -> Grid:
     expansions = sorted({point["expansion"] for point in part.points})
     counted = {(point["layer"], point["expansion"]): point["parameters"] for point in part.points}
     lines = [[layer, *(f"{counted[layer, a]:,}" for a in expansions)] for layer in part.layers]
@@ -205,10 +207,54 @@ CLAIMED = (
 )
 
 
-def claims_grid(parts: dict[str, Part], paper: dict[str, float]) -> tuple[list[str], list[list[str]]]:
-    """`paper` has the claims' values by row."""
+def claims_grid(parts: dict[str, Part], paper: dict) -> Grid:
+    """`paper` has the published values."""
+    published = {row: value.value for (table, row, _, _), value in paper.items() if table == "efficiency"}
     lines = []
     for claim in CLAIMS:
-        values = (paper.get(claim.row), *(claim.measured(parts, form) for form in FORMS))
+        values = (published.get(claim.row), *(claim.measured(parts, form) for form in FORMS))
         lines.append([claim.row, *map(claim.text, values)])
     return ["", "paper, T4", *FORMS], lines
+
+
+def claims(parts: dict[str, Part], paper: dict) -> str:
+    return f"{CLAIMED} {parts['train'].machine}.\n\n{grids.as_markdown(*claims_grid(parts, paper))}"
+
+
+def markdown(part: Part) -> str:
+    return f"{caption(part)}\n\n{grids.as_markdown(*grid(part))}"
+
+
+# -- files
+
+
+def texts(parts: dict[str, Part], paper: dict) -> dict[str, str]:
+    """The paper's claims and each part, for reading."""
+    found = {"claims": claims(parts, paper)} if "train" in parts else {}
+    found |= {name: markdown(part) for name, part in parts.items()}
+    return {name: f"{text}\n" for name, text in found.items()}
+
+
+def write_all(results_dir: str | Path, paper: dict) -> list[Path]:
+    """Returns the files for reading (md); as csv layers by size, and each other part."""
+    written, folder = [], Path(results_dir) / "tables"
+    for key, parts in load(results_dir).items():
+        ending = slug(*key)
+        others = {name: part for name, part in parts.items() if part.kind in bench.GRIDS}
+        if layers := {name: part for name, part in parts.items() if name not in others}:
+            write(folder / f"efficiency_{ending}.csv", long(layers))
+        for name, part in others.items():
+            write(folder / f"efficiency_{name}_{ending}.csv", long({name: part}))
+        for name, text in texts(parts, paper).items():
+            written.append(folder / f"efficiency_{name}_{ending}.md")
+            write(written[-1], text)
+    return written
+
+
+def blocks(machines: Machines, paper: dict) -> dict[str, str]:
+    """What the pages show, by the names of their marks."""
+    return {
+        f"table:efficiency_{name}_{slug(*key)}": HALF.sub("", text)
+        for key, parts in machines.items()
+        for name, text in texts(parts, paper).items()
+    }

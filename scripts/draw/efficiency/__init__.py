@@ -1,4 +1,4 @@
-"""Records of the efficiency experiment and what they say in words; efficiency_tables.py has tables. Needs no torch.
+"""Records of the efficiency experiment and what they say in words. Needs no torch.
 
 One record is one part on one machine. Numbers of two machines, or of two parts, never stand in one ratio.
 """
@@ -12,13 +12,6 @@ from typing import Any
 from experiments.config import run_id
 from experiments.records import RecordError, read_records
 
-PARTS = {
-    "smoke": ("train", "step", "parameters"),
-    "cpu": ("train", "parameters", "context", "step", "forward", "batch", "width"),
-    "paper": ("train", "parameters", "context", "step", "long", "half", "forward", "batch", "width"),
-}  # in the order in which they are wanted
-ASKED = {"cpu": ("long",)}  # beside them, where it is asked for by name
-BENCH = ("kernels", "layers", "precision", "copying", "language", "policy")  # of `make bench`, and of `make gpu` first
 TITLES = {
     "train": "Forward, loss and backward, against the length",
     "long": "Forward, loss and backward, a single sequence",

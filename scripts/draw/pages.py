@@ -5,8 +5,10 @@ makes `table:...`, `scripts.report` makes `found:...` and `figure:...`. CONTRIBU
 how to add one. Needs no torch.
 """
 
+import argparse
 import re
 from pathlib import Path
+from types import ModuleType
 
 from experiments import files
 
@@ -36,3 +38,19 @@ def write(path: Path, content: str) -> None:
     if path.exists() and path.read_text() == content:
         return
     files.write(path, content)
+
+
+def main(drawn: ModuleType) -> None:
+    """The command of tables, figures or report."""
+    parser = argparse.ArgumentParser(description=drawn.__doc__.splitlines()[0])
+    parser.add_argument("--results-dir", default="results", help="holds runs/; files are written here (results)")
+    draw(drawn, parser.parse_args().results_dir)
+
+
+def draw(drawn: ModuleType, results_dir: str) -> None:
+    """Pages show what lies in their own results folder."""
+    for path in drawn.write_all(results_dir):
+        print(path)
+    if results_dir == "results" and hasattr(drawn, "blocks"):
+        for name, text in drawn.blocks(results_dir).items():
+            renew(name, text)

@@ -19,21 +19,12 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts import efficiency, efficiency_tables
-from scripts.plan import DATASETS, METRICS, Metric
-from scripts.tables import (
-    PAPER,
-    Entry,
-    Published,
-    Records,
-    common_seeds,
-    entries,
-    judged_by,
-    load,
-    markdown_grid,
-    read_paper,
-    scale,
-)
+from experiments.grid import METRICS, Metric
+from experiments.grid.decision import DATASETS
+
+from . import efficiency, grids
+from .cells import PAPER, Entry, Published, Records, common_seeds, entries, judged_by, load, read_paper, scale
+from .efficiency import tables as efficiency_tables
 
 TOLERANCE = 0.02  # nats, for a loss
 RULE = (
@@ -100,7 +91,7 @@ def trained(table: str, row: str, column: str, claim: str, details: str, records
     return Line(
         claim,
         published(entry.paper, entry.metric),
-        "" if value is None else f"{_plus_minus(value, spread, entry.metric)} {entry.metric.unit}",
+        "" if value is None else f"{entry.metric.format(value, spread)} {entry.metric.unit}",
         "" if value is None else f"`{profile}`, n = {len(entry.done)}",
         verdict(value, spread, entry.paper, profile == "paper", entry.metric),
         details,
@@ -118,7 +109,7 @@ def decision(row: str, records: Records, paper: dict) -> Line:
     return Line(
         f"D4RL: mean score of {row}, {len(DATASETS)} datasets",
         published(value_of_paper, metric),
-        "" if value is None else f"{_plus_minus(value, spread, metric)} {metric.unit}",
+        "" if value is None else f"{metric.format(value, spread)} {metric.unit}",
         "" if value is None else f"`paper`, n = {len(values)}",
         verdict(value, spread, value_of_paper, True, metric),
         "decision RNNs",
@@ -185,9 +176,9 @@ def reproduction(results_dir: str | Path, paper: Path = PAPER) -> str:
         lines.append(trained("charlm", row, "loss", claim, "character model", records, values))
     lines += [decision(row, records, values) for row in ("minGRU", "minLSTM")]
     lines += speeds(efficiency.load(results_dir), values)
-    grid = markdown_grid(HEADER, [line.cells() for line in lines], left=(0, 3, 4, 5))
+    table = grids.as_markdown(HEADER, [line.cells() for line in lines], left=(0, 3, 4, 5))
     notes = [RULE, scaled_down(records, values), UNCONFIRMED if any("†" in line.paper for line in lines) else ""]
-    return f"{grid}\n\n{' '.join(filter(None, notes))}\n"
+    return f"{table}\n\n{' '.join(filter(None, notes))}\n"
 
 
 def scaled_down(records: Records, paper: dict) -> str:
@@ -204,11 +195,7 @@ def scaled_down(records: Records, paper: dict) -> str:
 def published(paper: Published | None, metric: Metric) -> str:
     if paper is None:
         return ""
-    return f"{_plus_minus(paper.value, paper.std, metric)} {metric.unit}{'' if paper.confirmed else ' †'}"
-
-
-def _plus_minus(value: float, std: float | None, metric: Metric) -> str:
-    return metric.format(value) + ("" if std is None else f" ± {metric.format(std)}")
+    return f"{metric.format(paper.value, paper.std)} {metric.unit}{'' if paper.confirmed else ' †'}"
 
 
 LENGTHS = (512, 4096)
@@ -236,7 +223,7 @@ def speed(results_dir: str | Path) -> str:
         f"{point['width']}, {machines[0][1]['train'].record['dtype']}, median. In brackets: how many times as long as "
         "minGRU or minLSTM."
     )
-    shown = [caption, markdown_grid(header, lines)]
+    shown = [caption, grids.as_markdown(header, lines)]
     for name, parts in machines:
         path = Path(results_dir) / f"figures/efficiency_speedup_{efficiency.slug(parts['train'].profile, name)}.png"
         if path.exists():
