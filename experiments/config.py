@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
 from .files import nearest
 from .seeds import RUNS, STEPS
@@ -58,14 +58,23 @@ class Model:
     init: str = "torch"  # or gpt2, dt
     tied: bool = False  # head and embedding
     positions: bool = False  # learned, for as many as the experiment's sequences have; decision models have times
+    attention_at: int | None = None  # the layer, from 0, whose mixer is attention
+    attention_heads: int | None = None  # of that one; None: as for attention
 
     def __post_init__(self):
         positive(self, "model", "dim", "layers")
         between(self, "model", 0, None, "conv", "mlp")
         between(self, "model", 0, 1, "dropout")
-        for name in ("expansion", "heads", "state_size"):
+        for name in ("expansion", "heads", "state_size", "window", "attention_heads"):
             if getattr(self, name, None) is not None:
                 positive(self, "model", name)
+        if hasattr(self, "gate_layers"):
+            one_of(self, "model", "gate_layers", (1, 2))
+            one_of(self, "model", "backend", ("auto", "cpu", "triton", "reference", "log"))
+        if self.attention_at is not None:
+            between(self, "model", 0, self.layers - 1, "attention_at")
+        elif self.attention_heads is not None:
+            raise ValueError(f"model.attention_heads: expected null without attention_at, got {self.attention_heads}")
         if hasattr(self, "forget_bias"):
             between(self, "model", None, None, "forget_bias")
         one_of(self, "model", "activation", ("gelu", "relu", "geglu"))
@@ -110,6 +119,9 @@ MODEL_KEYS = tuple(f.name for f in fields(Model))
 @dataclass
 class MinGRU(Model):
     expansion: float = 6  # units of the RNN over dim
+    signed: bool = False  # coefficients in (-1, 1)
+    gate_layers: int = 1  # or 2: an MLP for the gates
+    backend: str = "auto"  # of the scan; log is the paper's form
 
 
 @dataclass
@@ -167,8 +179,26 @@ class Aaren(Model):
     heads: int | None = None  # as for attention
 
 
+@dataclass
+class QRNN(Model):
+    """The recurrence of minGRU behind a short convolution, with an output gate."""
+
+    name: str = "qrnn"
+    expansion: float = 1
+    window: int = 2  # of the convolution
+
+
+@dataclass
+class SRU(Model):
+    """Gates that see the state before through one weight a unit."""
+
+    name: str = "sru"
+    expansion: float = 1
+
+
 MODELS = {
     "mingru": MinGRU, "minlstm": MinLSTM, "gru": RNN, "lstm": RNN, "attention": Attention, "aaren": Aaren, "ssm": SSM,
+    "qrnn": QRNN, "sru": SRU,
 }  # fmt: skip
 
 
@@ -186,6 +216,7 @@ class Train:
     grad_clip: float | None = 1.0  # norm of the whole gradient
     precision: str = "fp32"  # or bf16, fp16 (with loss scaling), by autocast
     patience: int | None = None  # stop after so many evaluations without a new best
+    target: float | None = None  # stop at a validation accuracy (loss, score) as good as this
 
     def __post_init__(self):
         positive(self, "train", "steps", "batch_size", "learning_rate")
@@ -276,6 +307,60 @@ class SelectiveCopyData:
 class SelectiveCopy(Run):
     experiment: str = "selective_copy"
     data: SelectiveCopyData = field(default_factory=SelectiveCopyData)
+
+
+SYNTHETIC = {  # tasks, and the shortest length of each
+    "parity": 1, "even_pairs": 1, "cycle_navigation": 1, "majority": 1, "majority_count": 1, "bucket_sort": 1,
+    "missing_duplicate": 1, "missing_duplicate_original": 2, "modular_arithmetic": 1,
+    "s3": 1, "s5": 1, "a5": 1, "z60": 1, "associative_recall": 4, "induction_heads": 3,
+}  # fmt: skip
+
+
+@dataclass
+class SyntheticData:
+    task: str = "parity"  # see experiments/synthetic/tasks.py
+    lengths: list[int] = field(default_factory=lambda: [1, 40])  # of training sequences, the shortest and the longest
+    test_lengths: list[int] = field(default_factory=lambda: [40, 256])  # of validation and test
+    every: bool = False  # parity of each prefix, not of the whole
+    symbols: int = 10  # to sort, or the vocabulary of a recall
+    pairs: int = 4  # to recall
+
+    def __post_init__(self):
+        one_of(self, "data", "task", tuple(SYNTHETIC))
+        if self.every and self.task != "parity":
+            raise ValueError(f"data.every: expected false, only parity has both forms; got true with {self.task}")
+        positive(self, "data", "pairs")
+        recall = self.task == "associative_recall"
+        fewest = 2 * self.pairs + 2 if recall else 3 if self.task == "induction_heads" else 2
+        if self.symbols < fewest:
+            raise ValueError(f"data.symbols: expected {fewest} or more for {self.task}, got {self.symbols}")
+        for name in ("lengths", "test_lengths"):
+            bounds = getattr(self, name)
+            if len(bounds) != 2:
+                raise ValueError(f"data.{name}: expected the shortest and the longest, got {bounds}")
+            self.check_lengths(f"data.{name}", bounds)
+
+    def check_lengths(self, setting: str, lengths: list[int]) -> None:
+        """Raises ValueError for one that cannot be drawn."""
+        least = 4 * self.pairs if self.task == "associative_recall" else SYNTHETIC[self.task]
+        if list(lengths) != sorted(lengths) or any(n < least for n in lengths):
+            raise ValueError(f"{setting}: expected ascending numbers from {least} up for {self.task}, got {lengths}")
+
+
+@dataclass
+class SyntheticEval(Eval):
+    lengths: list[int] = field(default_factory=list)  # further ones, at each of which the last weights are tested
+
+
+@dataclass
+class Synthetic(Run):
+    experiment: str = "synthetic"
+    data: SyntheticData = field(default_factory=SyntheticData)
+    eval: SyntheticEval = field(default_factory=SyntheticEval)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.data.check_lengths("eval.lengths", self.eval.lengths)
 
 
 @dataclass
@@ -462,19 +547,9 @@ class Efficiency:
 
 
 EXPERIMENTS = {
-    "selective_copy": SelectiveCopy, "charlm": CharLM, "decision": Decision, "lra": LRA, "efficiency": Efficiency,
+    "selective_copy": SelectiveCopy, "charlm": CharLM, "decision": Decision, "synthetic": Synthetic,
+    "lra": LRA, "efficiency": Efficiency,
 }  # fmt: skip
-
-
-def choose(key: str, choices: dict[str, Any]) -> Any:
-    """For configuration files, `${choose:${data.task},{a: 1, b: 2}}`: a setting that depends on another.
-
-    A key that is not among them gives the first: the setting that it is the value of refuses it, and names itself.
-    """
-    return choices.get(key, next(iter(choices.values())))
-
-
-OmegaConf.register_new_resolver("choose", choose, replace=True)  # here, so that launchers' processes have it too
 
 
 @cache
@@ -532,9 +607,8 @@ def positive(config: Any, section: str, *names: str) -> None:
 def one_of(config: Any, section: str, name: str, values: tuple[Any, ...]) -> None:
     value = getattr(config, name)
     if value not in values:
-        near = nearest(str(value), map(str, values))
-        setting = f"{section}.{name}".strip(".")
-        raise ValueError(f"{setting}: expected one of {values}, got {value!r}; the nearest is {near}")
+        near = f"; the nearest is {nearest(str(value), map(str, values))}" if value else ""
+        raise ValueError(f"{f'{section}.{name}'.strip('.')}: expected one of {values}, got {value!r}{near}")
 
 
 def run_id(config: dict[str, Any]) -> str:

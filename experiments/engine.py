@@ -27,6 +27,7 @@ from . import checkpoints, files, machine, processes, records, tracking
 from .config import Run, Train, run_id
 from .seeds import noise_seed
 
+PACKAGES = ("numpy", "triton", "numba", "mamba-ssm", "gymnasium", "mujoco")
 DATA_FACTS = ("dataset_sha256", "vocabulary", "characters")  # of a task's facts
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -102,18 +103,8 @@ def _final(path: Path) -> str | None:
 
 def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world: int, build) -> str:
     products = machine.fast_products() if device.type == "cpu" else "torch"
-    record = {
-        "schema_version": records.SCHEMA_VERSION,
-        "run_id": name,
-        "experiment": cfg.experiment,
-        "profile": cfg.profile,
-        "config": dataclasses.asdict(cfg),
-        "seed": cfg.seed,
-        "git": machine.commit("minrnn", "experiments", "configs"),
-        "versions": machine.versions("numpy", "triton", "numba", "mamba-ssm", "gymnasium", "mujoco"),
-        "hardware": machine.hardware(device.type) | {"processes": world, "products": products},
-        "started": time.time(),
-    }
+    record = records.header(dataclasses.asdict(cfg), **machine.made_with(device.type, *PACKAGES))
+    record["hardware"] |= {"processes": world, "products": products}
     folder = records.work_dir(cfg.output_dir, cfg.experiment, name)
     try:
         machine.keep_freed_memory()
@@ -268,7 +259,7 @@ class _Training:
 
     def run(self) -> _State:
         """Raises Paused and Diverged."""
-        with processes.stop_signals() as stop, self.log, self.progress:
+        with processes.stop_signals() as stop, self.log, contextlib.closing(self.progress.bar):
             self._steps(stop)
             self._save(needed=False)
             self._test()
@@ -284,7 +275,7 @@ class _Training:
         self.began, clock = time.monotonic() - state.seconds, time.perf_counter()
         saved_at, total = time.monotonic(), torch.full((), state.loss_sum, device=self.device)
         self.task.model.train()
-        while state.step < steps and not (train.patience and state.since_best >= train.patience):
+        while state.step < steps and not self._enough():
             torch.manual_seed(noise_seed(cfg.seed, state.step, self.rank))
             parts = [part.split(batch)[self.rank :: self.world] for part in self.task.batch(state.step)]
             total += self.trainer.step(state.step, self.task.loss, zip(*parts, strict=True))
@@ -312,6 +303,15 @@ class _Training:
                 text = "told to stop" if stop.is_set else "out of budget"
                 raise Paused(f"{text} at step {state.step} of {steps}", "stopped" if stop.is_set else "paused")
             clock = time.perf_counter()
+
+    def _enough(self) -> bool:
+        """Whether patience is at an end, or the target reached."""
+        train, best = self.cfg.train, self.state.best.get(f"val_{self.task.select}")
+        if train.patience and self.state.since_best >= train.patience:
+            return True
+        if train.target is None or best is None:
+            return False
+        return best >= train.target if self.task.maximize else best <= train.target
 
     def _log(self, loss_sum: float, evaluating: bool) -> None:
         """The loss since the last call, and an evaluation, which may be a new best."""
@@ -397,12 +397,6 @@ class _Progress:
             disable=not cfg.progress or rank > 0, dynamic_ncols=True,
         )  # fmt: skip
         self.first, self.began, self.shown, self.written = step, time.monotonic(), {}, 0.0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
 
     def show(self, step: int, values: dict[str, float]) -> None:
         self.shown |= values

@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from . import config, files
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-GROUPS = ("model", "convention", "optimizer", "part", "profile", "launcher")
+GROUPS = ("task", "model", "convention", "optimizer", "part", "profile", "launcher")
 PATHS = ("results_dir", "output_dir", "data.path")
 WRONG, UNFINISHED, INTERRUPTED = 2, 75, 130
 _outcomes: list[str] = []
@@ -130,21 +131,46 @@ def _chosen(experiment: str, choices: tuple[str, ...]) -> DictConfig:
         return hydra.compose("config", [SEARCH, *choices])
 
 
-def settings_of(kind: type, arguments: list[str]) -> Any:
-    """A dataclass of plain fields from key=value, for the commands that start no run.
+def command(main: Callable, *arguments: Any, refusals: tuple[type[Exception], ...] = ()) -> None:
+    """Ends the process with what `main` returns; a Refusal, and what else is expected, is said in one line."""
+    try:
+        sys.exit(main(*arguments))
+    except (files.Refusal, *refusals) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(WRONG if isinstance(error, CommandError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
-    Raises ValueError: the text says which argument, and what was expected.
+
+class CommandError(files.Refusal, ValueError):
+    """The command is wrong; the text says which argument, and what was expected."""
+
+
+def settings_of(kind: type, doc: str, arguments: list[str]) -> Any:
+    """A dataclass of plain fields from key=value, for the commands that start no run; --help prints `doc` and ends.
+
+    Raises CommandError.
     """
+    if {"-h", "--help"} & set(arguments):
+        shown = {f.name: "" if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(kind)}
+        print(doc, *(f"    {name}={default}" for name, default in shown.items()), sep="\n")
+        sys.exit()
     kinds, values = {f.name: f.type for f in dataclasses.fields(kind)}, {}
     for argument in arguments:
         key, found, value = argument.partition("=")
-        if not found or key not in kinds:
-            raise ValueError(f"{argument}: no such setting; the nearest is {files.nearest(key, kinds)}=")
+        if not found:
+            raise CommandError(f"expected key=value of {', '.join(kinds)}, got {argument!r}")
+        if key not in kinds:
+            raise CommandError(f"{argument}: no such setting; the nearest is {files.nearest(key, kinds)}=")
         try:
             values[key] = kinds[key](value)
         except ValueError:
-            raise ValueError(f"{key}: expected {kinds[key].__name__}, got {value!r}") from None
-    return kind(**values)
+            raise CommandError(f"{key}: expected {kinds[key].__name__}, got {value!r}") from None
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise CommandError(error) from error
 
 
 def check(experiment: str, overrides: list[str], multirun: bool = False) -> None:

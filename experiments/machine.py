@@ -4,6 +4,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -16,15 +17,20 @@ from torch import Tensor
 
 
 def hardware(device: str) -> dict[str, object]:
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
+    cpu = _processor().get("model name", platform.processor())
     facts = {"device": device, "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     facts["vector"] = torch.backends.cpu.get_cpu_capability()
     if device == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return facts
+
+
+@cache
+def _processor() -> dict[str, str]:
+    """What Linux says of the first one; nothing elsewhere."""
+    path = Path("/proc/cpuinfo")
+    first = path.read_text().partition("\n\n")[0] if path.exists() else ""
+    return dict(re.findall(r"^(.+?)\s*: (.*)$", first, re.MULTILINE))
 
 
 def name(hardware: dict[str, object]) -> str:
@@ -54,6 +60,15 @@ def commit(*folders: str) -> dict[str, object]:
     except FileNotFoundError:  # no git here
         return {"commit": None, "clean": False}
     return {"commit": head, "clean": head is not None and not git("status", "--porcelain", *folders)}
+
+
+def made_with(device: str, *packages: str) -> dict[str, dict[str, object]]:
+    """What a record says of how it came about."""
+    return {
+        "git": commit("minrnn", "experiments", "configs"),
+        "versions": versions(*packages),
+        "hardware": hardware(device),
+    }
 
 
 def peak_memory(device: str) -> int:
@@ -88,7 +103,7 @@ def fast_products() -> str:
     On AMD's processors with AVX-512, MKL, which torch takes, does half of what oneDNN does (115 and 260 GFLOP/s a core
     of family 26). The processor decides, never a timing, so that a run that goes on after a stop computes the same.
     """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or _vendor() != "AuthenticAMD":
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or _processor().get("vendor_id") != "AuthenticAMD":
         return "torch"
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return "torch"
@@ -122,12 +137,6 @@ def _small(a: Tensor, b: Tensor) -> bool:
 def _dense(x: Tensor) -> Tensor:
     """Rows or columns one after another: of others oneDNN has but a slow kernel."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
-
-
-def _vendor() -> str | None:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("vendor_id")), None)
 
 
 def _glibc() -> ctypes.CDLL | None:

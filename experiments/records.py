@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ def record_path(results_dir: str | Path, experiment: str, run_id: str) -> Path:
 def work_dir(output_dir: str | Path, experiment: str, run_id: str) -> Path:
     """Where a run's checkpoints, log and progress are."""
     return Path(output_dir) / experiment / run_id
+
+
+def header(settings: dict[str, Any], **made_with: Any) -> dict[str, Any]:
+    """What every record begins with: the settings of its run, and by what and when it was made."""
+    first = {"schema_version": SCHEMA_VERSION, "run_id": config.run_id(settings)}
+    first |= {key: settings[key] for key in ("experiment", "profile")} | {"config": settings, "seed": settings["seed"]}
+    return first | made_with | {"started": time.time()}
 
 
 def write_json(path: Path, value: Any) -> None:

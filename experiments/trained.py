@@ -50,6 +50,22 @@ class Trained:
         return model.eval()
 
 
+@dataclass
+class Choice:
+    """The settings by which a command finds a trained model."""
+
+    run: str = ""
+    model: str = "mingru"  # of the weights that come with the repository, where there is no run
+    results_dir: str = "results"
+    output_dir: str = "outputs"
+
+    def find(self, experiment: str, which: str, device: str = "cpu") -> Trained:
+        """The run's best or last weights, or those of `model`."""
+        if self.run:
+            return of_run(experiment, self.run, which, self.results_dir, self.output_dir, device)
+        return shipped(experiment, self.model, self.results_dir, device)
+
+
 def of_run(experiment: str, run: str, which: str, results_dir: str, output_dir: str, device: str = "cpu") -> Trained:
     """A run's best or last weights. Raises ValueError: no such run, or its checkpoint is not here."""
     path = records.record_path(results_dir, experiment, run)

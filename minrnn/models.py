@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .mixers.attention import Attention
 from .mixers.base import Mixer, State
 from .mixers.wrappings import CausalConv, Mamba
 from .rnn import MinGRU, MinLSTM
@@ -83,6 +84,12 @@ class Backbone(nn.Module):
         mixer_dropout: whether also on what the mixer adds, as in nanoGPT and Decision Transformer. The authors' code
             and Decision Mamba have it in the MLP alone.
         norm: "rms" or "layer".
+        attention_at: the layer, counted from 0, whose mixer is `Attention` with this dropout and bias; None for none.
+            It knows no positions: a recurrence in the layers before it tells them, or the model's learned ones.
+        attention_heads: of that layer, see `Attention`.
+
+    Raises:
+        ValueError: an argument is out of its range, or pointwise or attention_heads has nothing to act on.
     """
 
     def __init__(
@@ -98,10 +105,16 @@ class Backbone(nn.Module):
         dropout: float = 0.0,
         mixer_dropout: bool = False,
         norm: str = "rms",
+        attention_at: int | None = None,
+        attention_heads: int | None = None,
     ):
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers: expected a positive int, got {layers}")
+        if attention_at is None and attention_heads is not None:
+            raise ValueError(f"attention_heads: expected None where attention_at=None, got {attention_heads}")
+        if attention_at is not None and not 0 <= attention_at < layers:
+            raise ValueError(f"attention_at: expected 0 to {layers - 1} of layers={layers}, got {attention_at}")
         if pointwise and not conv:
             raise ValueError("pointwise: expected False where conv=0, got True")
         one_of("norm", norm, NORMS)
@@ -112,7 +125,9 @@ class Backbone(nn.Module):
         self.convs = nn.ModuleList(CausalConv(dim, conv) for _ in range(layers if conv else 0))
         self.pointwise = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers if pointwise else 0))
         self.norms = norms(layers)
-        self.mixers = nn.ModuleList(mixer(dim) for _ in range(layers))
+        self.mixers = nn.ModuleList(
+            Attention(dim, attention_heads, dropout, bias) if i == attention_at else mixer(dim) for i in range(layers)
+        )
         self.mlp_norms = norms(layers if mlp else 0)
         self.mlps = nn.ModuleList(MLP(dim, mlp, activation, dropout, bias) for _ in range(layers if mlp else 0))
         self.dropout = nn.Dropout(dropout)
@@ -153,10 +168,11 @@ def init_as_gpt2(model: nn.Module) -> None:
     """nanoGPT's initial values (github.com/karpathy/nanoGPT 3adf61e, model.py) for a model with a `backbone`.
 
     Linears and embeddings are drawn from N(0, 0.02), the Linears that add to the residual stream from
-    N(0, 0.02 / sqrt(2 layers)), and biases are 0. Gates and candidates of minimal RNNs are a Linear too (their forget
-    bias stays); convolutions and torch's recurrent layers are none and keep their values. Mamba's block has initial
-    values for language models of its own (github.com/state-spaces/mamba, mamba_ssm/models/mixer_seq_simple.py): its
-    out_proj is divided by the root of the number of layers, and the rest stays as it is.
+    N(0, 0.02 / sqrt(2 layers)), and biases are 0. Gates and candidates of minimal RNNs, QRNN and SRU are a Linear too
+    (a forget bias and SRU's v stay); convolutions and torch's recurrent layers are none and keep their values. Mamba's
+    block has initial values for language models of its own (github.com/state-spaces/mamba,
+    mamba_ssm/models/mixer_seq_simple.py): its out_proj is divided by the root of the number of layers, and the rest
+    stays as it is.
     """
     layers = len(model.backbone.mixers)
     theirs = {id(part) for mixer in model.backbone.mixers if isinstance(mixer, Mamba) for part in mixer.modules()}
@@ -249,12 +265,19 @@ class TokenModel(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(
-        self, tokens: Tensor, state: State | None = None, last: int | None = None
+        self, tokens: Tensor, state: State | None = None, last: int | None = None, marked: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
-        """Logits (B, T, vocab_out) of ids (B, T), of the last `last` steps only where given, and the state."""
+        """Logits (B, T, vocab_out) of ids (B, T), and the state.
+
+        Where given, of the `last` steps only, or of the N steps that are `marked` (B, T) as (N, vocab_out).
+        """
         x, state = self._embed(tokens, state)
         x, inner = self.backbone(x, None if state is None else state[-1])
-        return self.head(x if last is None else x[:, -last:]), None if state is None else self._join(state, inner)
+        if last is not None:
+            x = x[:, -last:]
+        if marked is not None:
+            x = x[marked]
+        return self.head(x), None if state is None else self._join(state, inner)
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """Logits (B, vocab_out) of ids (B,), and the state."""
@@ -291,15 +314,14 @@ class TokenModel(nn.Module):
 
 
 class ClassifierModel(nn.Module):
-    """A class for one sequence, or for a pair: embedding, backbone, read at a sequence's last step, head.
+    """A class for one sequence, or for a pair: embedding, backbone, mean over a sequence's steps, head.
 
-    Every mixer is causal, so the last step is the one that has seen all of the sequence, and what pads it on the right
-    reaches nothing that is read. (Long Range Arena's own models read one step too, one before the sequence, which sees
-    all of it as they are not causal; S4, which is bidirectional there, takes the mean over steps.) The head is a
-    Linear; that of a pair is Linear, ReLU, Linear of [x1, x2, x1 * x2, x1 - x2], as "NLI" in Long Range Arena
+    The mean is S4's in Long Range Arena (https://github.com/state-spaces/s4/blob/
+    e757cef57d89e448c413de7325ed5601aceaac13/configs/experiment/lra/s4-listops.yaml, decoder mode pool). It is over the
+    real steps, and every mixer is causal, so what pads a sequence on the right reaches nothing. The head is a Linear;
+    that of a pair is Linear, ReLU, Linear of [x1, x2, x1 * x2, x1 - x2], as "NLI" in Long Range Arena
     (https://github.com/google-research/long-range-arena/blob/cd31e5c6b8e5bceabd28de2d2afb23f7ae5d36d8/lra_benchmarks/
-    models/layers/common_layers.py) with one hidden layer, as in S4's code (https://github.com/state-spaces/s4/blob/
-    e757cef57d89e448c413de7325ed5601aceaac13/src/tasks/decoders.py).
+    models/layers/common_layers.py), with one hidden layer as in S4's src/tasks/decoders.py.
 
     Args:
         vocab: number of input ids; None: inputs are numbers, which a Linear takes.
@@ -351,7 +373,9 @@ class ClassifierModel(nn.Module):
                 raise ValueError(f"inputs: expected at most {most} steps, the number of learned positions, got {T}")
             x = x + self.positions.weight[:T]
         x, _ = self.backbone(self.backbone.dropout(x))
-        x = x[torch.arange(len(x), device=x.device), lengths.flatten() - 1]
+        lengths = lengths.flatten()[:, None]
+        padding = torch.arange(x.shape[1], device=x.device) >= lengths
+        x = x.masked_fill(padding[..., None], 0).sum(1) / lengths
         if self.parts == 2:
             x1, x2 = x.unflatten(0, inputs.shape[:2]).unbind(1)
             x = torch.cat((x1, x2, x1 * x2, x1 - x2), -1)

@@ -76,6 +76,10 @@ class _MinRNN(nn.Module):
         return self._cell.activation
 
     @property
+    def signed(self) -> bool:
+        return self._cell.signed
+
+    @property
     def _directions(self) -> tuple[str, ...]:
         """The suffixes of the parameters' names, in the order of the output's features."""
         return ("", "_reverse") if self.bidirectional else ("",)
@@ -296,7 +300,13 @@ class _MinRNN(nn.Module):
 
     def extra_repr(self) -> str:
         defaults: dict[str, object] = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0}
-        defaults |= {"bidirectional": False, "activation": "g", "normalize_gates": True, "backend": "auto"}
+        defaults |= {
+            "bidirectional": False,
+            "activation": "g",
+            "normalize_gates": True,
+            "signed": False,
+            "backend": "auto",
+        }
         changed = (f"{k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k, v) != v)
         return ", ".join((str(self.input_size), str(self.hidden_size), *changed))
 
@@ -316,6 +326,8 @@ class MinGRU(_MinRNN):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in
             torch.nn.GRU. Dropout acts between layers, not after the last, and only in training.
         activation: of the candidate: "g" (x + 0.5 for x >= 0, else sigmoid(x)) or "identity" (section 3.1's own).
+        signed: h_t = (1 - 2 z_t) * h_{t-1} + (1 - |1 - 2 z_t|) * g(W_h x_t + b_h) in place of the above: a state that
+            can flip its sign, and so count modulo 2 (arXiv 2411.12537). Not with backend="log".
         backend: of the scan, see `minrnn.ops.available_backends`; "auto" picks by device.
 
     Raises:
@@ -336,11 +348,12 @@ class MinGRU(_MinRNN):
         dtype: torch.dtype | None = None,
         *,
         activation: Activation = "g",
+        signed: bool = False,
         backend: Backend = "auto",
     ):
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
-            Cell("mingru", activation), backend,
+            Cell("mingru", activation, signed=signed), backend,
         )  # fmt: skip
         self.reset_parameters()
 
@@ -360,6 +373,8 @@ class MinLSTM(_MinRNN):
     Args:
         normalize_gates: False leaves f and i independent, as the authors' public code does by default.
         forget_bias: added to b_f at initialisation, to forget slowly at first (the authors' code uses 3).
+        signed: h_{t-1} is multiplied by s_t = f'_t - i'_t and the candidate by 1 - |s_t|, as in `MinGRU`; with
+            normalize_gates=False by 2 f_t - 1 and i_t.
 
         The others, and the errors, are those of `MinGRU`; forget_bias without a bias is a ValueError.
     """
@@ -379,13 +394,14 @@ class MinLSTM(_MinRNN):
         activation: Activation = "g",
         normalize_gates: bool = True,
         forget_bias: float = 0.0,
+        signed: bool = False,
         backend: Backend = "auto",
     ):
         if not isinstance(normalize_gates, bool):
             raise TypeError(f"normalize_gates: expected a bool, got {type(normalize_gates).__name__}")
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
-            Cell("minlstm", activation, normalize_gates), backend,
+            Cell("minlstm", activation, normalize_gates, signed), backend,
         )  # fmt: skip
         if forget_bias and not bias:
             raise ValueError(f"forget_bias: expected 0 where bias=False, got {forget_bias}")

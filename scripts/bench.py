@@ -8,18 +8,11 @@ tables and figures are then drawn anew. What is removed from results/runs/effici
 
 import argparse
 import subprocess
-import sys
 
-from experiments.launch import UNFINISHED
-from scripts import tables
-from scripts.efficiency import BENCH
-from scripts.reproduce import has_gpu
-
-
-def command(settings: list[str], profile: str, parts: tuple[str, ...] = BENCH) -> list[str]:
-    """What measures these parts; settings come last and win."""
-    chosen = [] if any(setting.startswith("profile=") for setting in settings) else [f"profile={profile}"]
-    return [sys.executable, "-m", "experiments.efficiency", "-m", f"part={','.join(parts)}", *chosen, *settings]
+from experiments import launch
+from experiments.grid import efficiency
+from scripts.draw import figures, pages, tables
+from scripts.planner.agenda import has_gpu
 
 
 def main() -> int:
@@ -28,14 +21,13 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of experiments.efficiency")
     arguments = parser.parse_args()
     settings = [f"results_dir={arguments.results_dir}", *arguments.settings]
-    code = subprocess.run(command(settings, "paper" if has_gpu() else "cpu")).returncode
-    if code in (0, UNFINISHED):
-        for module in ("tables", "figures"):
-            subprocess.run(
-                [sys.executable, "-m", f"scripts.{module}", "--results-dir", arguments.results_dir], check=True
-            )
+    command = efficiency.command(efficiency.BENCH, "paper" if has_gpu() else "cpu", settings)
+    code = subprocess.run(command).returncode
+    if code in (0, launch.UNFINISHED):
+        for drawn in (tables, figures):
+            pages.draw(drawn, arguments.results_dir)
     return code
 
 
 if __name__ == "__main__":
-    tables.command(main)
+    launch.command(main)

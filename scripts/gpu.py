@@ -24,11 +24,10 @@ import time
 from pathlib import Path
 
 from experiments import files, records
-from experiments.launch import UNFINISHED
-from scripts import bench
-from scripts.efficiency import BENCH
-from scripts.efficiency import PARTS as PARTS_OF
-from scripts.reproduce import duration, has_gpu, seconds
+from experiments.grid import efficiency
+from experiments.launch import UNFINISHED, command
+from scripts.planner.agenda import has_gpu
+from scripts.planner.said import duration, seconds
 
 RESERVE = 20.0  # seconds of the budget, to stop and to pack
 WORK = Path("outputs/gpu")
@@ -128,8 +127,9 @@ class Session:
         self.part("tests", [python, "-m", "pytest", "--maxfail=20", *tests, *chosen])
         # Each ends between two sizes, the longest of which takes a minute or two.
         places = [f"results_dir={WORK / 'results'}", f"output_dir={WORK / 'runs'}", f"budget={self.share / 2:.0f}"]
-        self.part("bench", bench.command(places, profile, ("precision",) if self.dry_run else BENCH))
-        self.part("efficiency", bench.command(places, profile, PARTS_OF[profile]))
+        kernels = ("precision",) if self.dry_run else efficiency.BENCH
+        self.part("bench", efficiency.command(kernels, profile, places))
+        self.part("efficiency", efficiency.command(efficiency.PARTS[profile], profile, places))
         if self.left > 10:
             planner = [python, "-m", "scripts.reproduce", "--profile", profile]
             planner += ["--seeds", str(seeds), "--budget", f"{self.left:.0f}s"]
@@ -206,4 +206,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

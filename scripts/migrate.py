@@ -6,7 +6,6 @@ it is then to be removed, and the run to be done again.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from experiments import records
 from experiments.config import EXPERIMENTS, FORMER, MODELS, run_id
+from experiments.launch import command
 
 
 def unsayable(config: dict[str, Any]) -> str | None:
@@ -69,12 +69,9 @@ def migrate(results_dir: Path) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results-dir", type=Path, default=Path("results"))
-    try:
-        for line in migrate(parser.parse_args().results_dir):
-            print(line)
-    except records.RecordError as error:
-        sys.exit(f"error: {error}")
+    for line in migrate(parser.parse_args().results_dir):
+        print(line)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

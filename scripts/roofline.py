@@ -1,4 +1,4 @@
-"""The least time of every training run of the plan, beside what was measured: `python -m scripts.roofline`
+"""The least time of every training run of the grid, beside what was measured: `python -m scripts.roofline`
 
     python -m scripts.roofline --profile paper      results/tables/roofline_paper.{md,csv}
 
@@ -7,8 +7,6 @@ Limits are those of a T4's datasheet and those of this machine, measured here.
 """
 
 import argparse
-import csv
-import io
 import math
 import multiprocessing
 import os
@@ -25,14 +23,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from experiments import charlm, decision, machine, selective_copy
+from experiments import charlm, decision, grid, machine, selective_copy
 from experiments.config import CharLM, Decision, Run, SelectiveCopy, group_id, typed
 from experiments.cost import T4, Cost, Machine, count, here, total
 from experiments.decision.data import ENVIRONMENTS, split_name
 from experiments.engine import Trainer
-from scripts import plan
-from scripts.reproduce import cores, has_gpu
-from scripts.tables import command, load, machines, markdown_grid, write
+from experiments.launch import command
+from scripts.draw.cells import load, machines
+from scripts.draw.grids import as_csv, as_markdown, number
+from scripts.draw.pages import write
+from scripts.planner.agenda import cores, has_gpu
 
 CHARACTERS, VALIDATION = 65, 111_540  # of Tiny Shakespeare: kinds, and how many validate
 COLUMNS = (
@@ -48,7 +48,7 @@ Work = tuple[nn.Module, Callable, Batch, list[tuple[int, Batch]]]  # model, loss
 class Row:
     """Runs that cost the same (they differ in datasets of the same sizes or in rates), on one kind of machine."""
 
-    runs: list[plan.Run]
+    runs: list[grid.Run]
     step: Cost
     evaluations: list[tuple[int, Cost]]
     records: list[dict[str, Any]] = field(default_factory=list)  # of one kind of machine
@@ -59,8 +59,8 @@ class Row:
 
     @property
     def label(self) -> str:
-        first = self.runs[0].cells[0]
-        return f"{first.table}: {first.label}" + (f", {len(self.runs) - 1} more" if len(self.runs) > 1 else "")
+        cell, more = self.runs[0].cells[0], len(self.runs) - 1
+        return f"{cell.table}: {grid.TABLES[cell.table].label(cell)}" + (f", {more} more" if more else "")
 
     @property
     def measured(self) -> float | None:
@@ -163,13 +163,13 @@ def _alike(cfg: Run) -> str:
     return repr(replace(cfg, train=replace(cfg.train, learning_rate=1.0)))
 
 
-def rows(runs: list[plan.Run], records: Iterable[dict[str, Any]], device: str) -> list[Row]:
-    """Work that differs in cost, in the plan's order; a row for each kind of machine that has records of it."""
+def rows(runs: list[grid.Run], records: Iterable[dict[str, Any]], device: str) -> list[Row]:
+    """Work that differs in cost, in the grid's order; a row for each kind of machine that has records of it."""
     recorded: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if record["status"] == "done" and record["hardware"]["device"] == device:
             recorded.setdefault(group_id(record["config"]), []).append(record)
-    alike: dict[str, list[plan.Run]] = {}
+    alike: dict[str, list[grid.Run]] = {}
     for run in runs:
         if run.experiment in WORK:
             alike.setdefault(_alike(typed(run.config)), []).append(run)
@@ -247,7 +247,7 @@ def markdown(found: list[Row], mine: Machine, others: int, device: str, threads:
             line += [f"{row.measured / mine.seconds(row.step):.2f}" if comparable(row, device, threads) else ""]
             line += [str(len(row.records)), *machines(row.records)]
         lines.append((line + [""] * len(header))[: len(header)])
-    return f"{caption(hardware, mine, others, device, threads)}\n\n{markdown_grid(header, lines)}\n"
+    return f"{caption(hardware, mine, others, device, threads)}\n\n{as_markdown(header, lines)}\n"
 
 
 def caption(hardware: list[str], mine: Machine, others: int, device: str, threads: int) -> str:
@@ -280,27 +280,20 @@ def caption(hardware: list[str], mine: Machine, others: int, device: str, thread
 
 def long(found: list[Row], mine: Machine) -> str:
     """The csv's text: one line a run and machine, in bytes, operations and seconds."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    lines = []
     for row in found:
         for limit in (T4, mine):
             line = ["; ".join(run.label for run in row.runs), " ".join(run.group for run in row.runs), limit.name]
-            line += [*map(_number, (limit.bandwidth, limit.matrix_rate))]
-            line += [_number(limit.launch), row.steps, sum(row.step.values()), *total(row.step)]
-            line += map(_number, (limit.seconds(row.step), row.evaluating(limit), row.whole(limit)))
-            line += [_number(row.measured) if row.records else "", len(row.records)]
-            line += ["; ".join(machines(row.records)) if row.records else ""]
-            writer.writerow([*line, " ".join(record["run_id"] for record in row.records)])
-    return out.getvalue()
+            line += map(number, (limit.bandwidth, limit.matrix_rate, limit.launch))
+            line += [row.steps, sum(row.step.values()), *total(row.step)]
+            line += map(number, (limit.seconds(row.step), row.evaluating(limit), row.whole(limit), row.measured))
+            line += [len(row.records), "; ".join(machines(row.records)) if row.records else ""]
+            lines.append([*line, " ".join(record["run_id"] for record in row.records)])
+    return as_csv(COLUMNS, lines)
 
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.10g}"
 
 
 def main() -> None:
@@ -311,7 +304,7 @@ def main() -> None:
     parser.add_argument("--results-dir", default="results", help="holds runs/; files are written here (results)")
     arguments = parser.parse_args()
     records = load(arguments.results_dir).values()
-    found = rows(plan.runs(arguments.profile, 1), records, arguments.device)
+    found = rows(grid.runs(arguments.profile, 1), records, arguments.device)
     recorded = [record["hardware"]["threads"] for row in found for record in row.records]
     threads = arguments.threads or (statistics.mode(recorded) if recorded else cores())
     mine, others = limits(arguments.device, threads)

@@ -8,17 +8,17 @@ run's, whose episodes cost minutes, and are said to be.
 import hashlib
 import sys
 import textwrap
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 
-from experiments import charlm, decision, files, records, trained
+from experiments import charlm, files, records, trained
 from experiments.config import SECTIONS, run_id
-from experiments.launch import settings_of
+from experiments.decision import normalization
+from experiments.launch import CommandError, command, settings_of
 from experiments.records import read_record, record_path
 
 EXPERIMENTS = ("charlm", "decision")
@@ -46,13 +46,8 @@ def of_text(found: trained.Trained) -> dict[str, Any]:
 
 def of_policy(found: trained.Trained) -> dict[str, Any]:
     """Facts and metrics of a policy."""
-    name = found.cfg.data.dataset
-    dataset = decision.data.read(decision.data.find(name), name)
-    if dataset.sha256 != found.facts["dataset_sha256"]:
-        raise ValueError(f"{name}: expected sha256 {found.facts['dataset_sha256']}, got {dataset.sha256}")
-    normal = {"state_mean": dataset.mean.tolist(), "state_std": dataset.std.tolist()}
     scores = {key: value for key, value in found.stated.items() if key.startswith("test_")}
-    return {"facts": found.facts | normal, "metrics": scores}
+    return {"facts": found.facts | normalization(found), "metrics": scores}
 
 
 def card(config: dict[str, Any], record: dict[str, Any]) -> str:
@@ -135,17 +130,12 @@ def export(experiment: str, given: Settings) -> Path:
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__, *(f"    {f.name}={f.default!r}" for f in fields(Settings)), sep="\n")
-        return
-    if arguments[0] not in EXPERIMENTS:
-        raise ValueError(f"expected one of {', '.join(EXPERIMENTS)} first, got {arguments[0]!r}")
-    folder = export(arguments[0], partial(settings_of, Settings)(arguments[1:]))
+    experiment, *settings = arguments or ("--help",)
+    if experiment not in (*EXPERIMENTS, "-h", "--help"):
+        raise CommandError(f"expected one of {', '.join(EXPERIMENTS)} first, got {experiment!r}")
+    folder = export(experiment, settings_of(Settings, __doc__, settings if experiment in EXPERIMENTS else [experiment]))
     print(f"{folder}: {(folder / 'model.safetensors').stat().st_size / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, files.Refusal, OSError) as error:
-        sys.exit(f"error: {error}")
+    command(main, sys.argv[1:], refusals=(ValueError, OSError))

@@ -11,12 +11,16 @@ import torch
 
 from experiments import cost, efficiency, launch, records
 from experiments.efficiency import kernels, policy, steps, timer
+from experiments.grid.efficiency import BENCH, command
 from minrnn.mixers import make
 from minrnn.models import TokenModel
 from minrnn.ops.cells import CELLS
 from minrnn.ops.scan import scan
-from scripts import bench, efficiency_bench, efficiency_figures, figures, tables
-from scripts import efficiency as shown
+from scripts.draw import cells, figures, pages, tables
+from scripts.draw import efficiency as shown
+from scripts.draw.efficiency import bench as page
+from scripts.draw.efficiency import figures as drawn
+from scripts.draw.efficiency.tables import write_all
 from tests.test_efficiency import MACHINE, part
 
 CPU = torch.device("cpu")
@@ -43,7 +47,7 @@ def measure(tmp_path, *overrides, why_stop=lambda: None):
 # -- what is measured
 
 
-@pytest.mark.parametrize("name", shown.BENCH)
+@pytest.mark.parametrize("name", BENCH)
 def test_every_part_is_measured_and_shown(tmp_path, name):
     assert efficiency.run(resolve(tmp_path, f"part={name}", *SMALL)) == "done"
     (path,) = (tmp_path / "results/runs/efficiency").glob("*/record.json")
@@ -52,7 +56,7 @@ def test_every_part_is_measured_and_shown(tmp_path, name):
     sizes = {"layer", "batch", "length", "width", "dtype"}
     numbers = {"error"} if name == "precision" else {"median", "min", "n"}
     assert all(sizes | numbers <= set(point) for point in points)
-    assert [path.name.partition("_smoke")[0] for path in tables.write_efficiency(tmp_path / "results")] == [
+    assert [path.name.partition("_smoke")[0] for path in write_all(tmp_path / "results", cells.read_paper())] == [
         f"efficiency_{name}"
     ]
 
@@ -224,12 +228,12 @@ def test_unusable_settings_are_named(settings, said):
 
 
 def test_the_command_measures_the_six_parts_and_settings_win():
-    command = bench.command(["results_dir=here"], "cpu")
-    assert command[1:] == [
+    called = command(BENCH, "cpu", ["results_dir=here"])
+    assert called[1:] == [
         "-m", "experiments.efficiency", "-m", "part=kernels,layers,precision,copying,language,policy", "profile=cpu",
         "results_dir=here",
     ]  # fmt: skip
-    assert "profile=cpu" not in bench.command(["profile=paper"], "cpu")
+    assert "profile=cpu" not in command(BENCH, "cpu", ["profile=paper"])
 
 
 # -- what is shown
@@ -276,8 +280,8 @@ def test_tables_show_ratios_and_shares(tmp_path):
     for name, points in found.items():
         part(tmp_path, name, points)
     ((_, parts),) = shown.load(tmp_path).items()
-    assert list(parts) == [name for name in shown.BENCH if name in found]
-    grids = {name: efficiency_bench.GRIDS[name](parts[name]) for name in parts}
+    assert list(parts) == [name for name in BENCH if name in found]
+    grids = {name: page.GRIDS[name](parts[name]) for name in parts}
     # 64 * 256 * 768 elements of 36 bytes at 40 GB/s take 11.3 ms, of 12 bytes 3.77; the scans took 20 and 4.
     times = ["4 / 4.4", "8 / 8.8", "20 / 22"]
     assert grids["kernels"][1] == [
@@ -296,7 +300,7 @@ def test_tables_show_ratios_and_shares(tmp_path):
         [["512", "8.0e-06", "7.0e-08", "8.0e-02", "7.0e-04"]],
     )  # fmt: skip
     assert grids["policy"][1][1] == ["policy", "(60, 20)", "2 / 2.2", "30 / 33 (15.0 x)"]
-    paths = tables.write_efficiency(tmp_path)
+    paths = write_all(tmp_path, cells.read_paper())
     assert [path.name for path in paths] == [f"efficiency_{name}_cpu_some_cpu_2_threads_avx512.md" for name in parts]
     text = paths[0].read_text()
     assert "40 to 40 GB/s" in text and f"{MACHINE}; python 3.11.7" in text and "commit 0123456789.\n" in text
@@ -310,7 +314,7 @@ def test_tables_show_ratios_and_shares(tmp_path):
     assert shown.left_out(parts) == ["Part kernels leaves out peer at 64 sequences of 256 (failed: ImportError: no)."]
     (picture,) = figures.write_all(tmp_path)
     assert picture.name == "efficiency_policy_step_cpu_some_cpu_2_threads_avx512.png"
-    ours, theirs = efficiency_figures.draw(parts)["policy_step"].axes[0].lines
+    ours, theirs = drawn.draw(parts)["policy_step"].axes[0].lines
     assert list(ours.get_xdata()) == [1, 20]
     assert list(ours.get_ydata()) == pytest.approx([2.2, 2.2])
     assert list(theirs.get_ydata()) == pytest.approx([1.65, 33])
@@ -328,16 +332,16 @@ def test_readme_has_what_was_measured_in_float32(tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n<!-- {name} -->\nold\n<!-- /{name} -->\n{unmeasured}after\n")
     monkeypatch.setattr(sys, "argv", ["tables"])
-    tables.main()
+    pages.main(tables)
     once = readme.read_text()
     assert once.startswith("before\n") and once.endswith(f"{unmeasured}after\n") and "\nold\n" not in once
     assert "| linear | (1, 2, 3) |  float32 |" in once and "bfloat16" not in once
-    tables.main()
+    pages.main(tables)
     assert readme.read_text() == once
 
 
-@pytest.mark.parametrize("module", ["tables", "figures", "report", "efficiency_bench"])
+@pytest.mark.parametrize("module", ["tables", "figures", "report", "efficiency.bench"])
 def test_what_draws_needs_no_torch(module):
     subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.modules['torch'] = None; import scripts.{module}"], check=True
+        [sys.executable, "-c", f"import sys; sys.modules['torch'] = None; import scripts.draw.{module}"], check=True
     )

@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments import charlm, config, data, launch, records
+from experiments import charlm, config, data, grid, launch, records
 from experiments.charlm import sample
 from experiments.data import DataError
-from scripts import plan
 
 ROOT = Path(__file__).parent.parent
 MODELS = sorted(
@@ -187,7 +186,7 @@ def test_heads_are_64_wide_but_four_at_least():
 
 def test_scaled_models_have_as_many_parameters_as_nanogpts():
     count = {}
-    for cell in plan.CELLS:
+    for cell in grid.CELLS:
         if cell.table == "charlm":
             cfg = config.typed(cell.config("cpu"))
             model = cfg.model

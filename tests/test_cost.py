@@ -12,11 +12,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minrnn
-from experiments import cost
+from experiments import cost, grid
+from experiments.config import run_id
 from experiments.cost import Machine, Operation, count, total
 from experiments.launch import compose
 from minrnn.mixers import make
-from scripts import plan, roofline
+from scripts import roofline
 
 
 @pytest.fixture
@@ -88,15 +89,34 @@ def test_rms_norm_is_one_operator(fake):
     assert named(found) == [("aten::native_layer_norm", 0, 4 * (2 * 8 * 16 + 16 + 2 * 8), 1)]  # and 2 numbers a row
 
 
-@pytest.mark.parametrize("name", ["mingru", "gru", "attention", "aaren", "mamba"])
+@pytest.mark.parametrize("name", ["mingru", "mingru_mlp_gates", "gru", "attention", "aaren", "mamba", "qrnn", "sru"])
 def test_no_gradient_changes_nothing(fake, name):
-    settings = {"name": "ssm", "inner": "s6", "wrapping": "mamba"} if name == "mamba" else {"name": name}
+    settings = {
+        "mamba": {"name": "ssm", "inner": "s6", "wrapping": "mamba"},
+        "mingru_mlp_gates": {"name": "mingru", "gate_layers": 2},
+    }.get(name, {"name": name})
     mixer, x = make(**settings)(32), torch.zeros(2, 16, 32)
     plain = count(lambda: mixer(x))
     with torch.inference_mode():
         found = count(lambda: mixer(x))
     assert total(found) == total(plain)
     assert sum(found.values()) == sum(plain.values())
+
+
+def test_products_of_the_recurrent_mixers(fake):
+    B, T, D, H = 2, 16, 32, 64
+    products = {
+        ("qrnn", "window", 2): 2 * D * 3 * H,
+        ("sru", "expansion", 2): D * 4 * H,
+        ("mingru", "gate_layers", 2): D * 2 * H + H * H,
+        ("minlstm", "gate_layers", 2): D * 2 * H + H * 2 * H,
+    }
+    for (name, key, value), expected in products.items():
+        mixer, x = make(name, **{"expansion": 2, key: value})(D), torch.zeros(B, T, D, requires_grad=True)
+        found = count(lambda: mixer(x))  # noqa: B023
+        assert total(found)[0] == 2 * B * T * (expected + H * D), name
+        both = count(lambda: mixer(x)[0].backward(torch.zeros(B, T, D)))  # noqa: B023
+        assert total(both)[0] == 3 * total(found)[0], name
 
 
 @pytest.mark.parametrize("kind, gates, states", [(nn.GRU, 3, 1), (nn.LSTM, 4, 2)])
@@ -159,7 +179,7 @@ def test_this_machine(monkeypatch):
     assert 1e8 < found.matrix_rate < 1e13 and 1e-8 < found.launch < 1e-2
 
 
-CELL = next(c for c in plan.CELLS if c.table == "table1_layers" and c.row == "minGRU" and c.column == "1")
+CELL = next(c for c in grid.CELLS if c.table == "table1_layers" and c.row == "minGRU" and c.column == "1")
 HERE = Machine("this one", 10e9, 50e9, 1e-6)
 
 
@@ -167,7 +187,7 @@ def record(config, seed, hardware, speed):
     config = {**config, "seed": seed}
     return {
         "schema_version": 2,
-        "run_id": roofline.plan.run_id(config),
+        "run_id": run_id(config),
         "experiment": config["experiment"],
         "profile": config["profile"],
         "metrics": {"last": {}, "best": {}},
@@ -190,8 +210,8 @@ def test_roofline_of_a_record(tmp_path, monkeypatch, capsys):
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(found))
     monkeypatch.setattr(roofline, "limits", lambda device, threads: (HERE, 1))
-    runs = plan.runs("cpu", 1, [CELL])
-    monkeypatch.setattr(plan, "runs", lambda profile, seeds: runs)
+    runs = grid.runs("cpu", 1, [CELL])
+    monkeypatch.setattr(grid, "runs", lambda profile, seeds: runs)
     monkeypatch.setattr("sys.argv", ["roofline", "--profile", "cpu", "--device", "cpu", "--results-dir", str(tmp_path)])
     roofline.main()
 
@@ -244,6 +264,6 @@ def test_evaluations_of_the_character_model():
 
 
 def test_a_decision_run_can_be_counted():
-    cell = next(c for c in plan.CELLS if c.experiment == "decision" and "cpu" in c.profiles)
+    cell = next(c for c in grid.CELLS if c.experiment == "decision" and "cpu" in c.profiles)
     operations, moved = total(roofline.costs(roofline.typed(cell.config("cpu")))[0])
     assert operations > 0 and moved > 0

@@ -15,7 +15,7 @@ import torch
 from experiments import data as files
 from experiments.data import DataError
 from experiments.decision import data
-from scripts import reproduce
+from scripts.planner import datasets
 
 NAME = "local/hopper-medium"
 
@@ -534,13 +534,13 @@ def test_scores_on_other_arrays_are_not_joined(tmp_path, monkeypatch):
     record = {"run_id": "0123456789ab", "config": {"data": {"dataset": NAME}}, "facts": {"dataset_sha256": checksum}}
     planner = SimpleNamespace(known={"0123456789ab": record})
     save(path, steps((3, 1, 9, 7)), {"seconds": 2.0})
-    reproduce.same_as_before(planner, NAME)
+    datasets.same_as_before(planner, NAME)
     save(path, steps((3, 1, 9, 7), seed=1))
     with pytest.raises(DataError, match=f"{path} does not hold the arrays of record 0123456789ab"):
-        reproduce.same_as_before(planner, NAME)
+        datasets.same_as_before(planner, NAME)
     path.unlink()
     with pytest.raises(DataError, match="is not here: python -m scripts.collect env=hopper level=medium makes it"):
-        reproduce.same_as_before(planner, NAME)
+        datasets.same_as_before(planner, NAME)
 
 
 def elsewhere(path, key):

@@ -14,10 +14,12 @@ import torch
 
 from experiments import cost, efficiency, launch, machine, records
 from experiments.efficiency import layers, memory, sweep, timer
-from scripts import efficiency as shown
-from scripts import efficiency_figures, figures, report, reproduce, tables
-from scripts import efficiency_tables as page
-from scripts.tables import PAPER
+from experiments.grid import efficiency as wanted
+from scripts.draw import cells, figures, report
+from scripts.draw import efficiency as shown
+from scripts.draw.efficiency import figures as efficiency_figures
+from scripts.draw.efficiency import tables as page
+from scripts.planner import processes
 
 CPU = torch.device("cpu")
 ANYTHING = cost.Machine("some", 1e9, 1e9, 1e-6)
@@ -435,8 +437,7 @@ def test_a_context_is_compared_with_mambas_at_each_batch_size(tmp_path):
         ["Mamba / minGRU, batch 8", "2 x", "2 x"], ["Mamba / minGRU, batch 64", "2 x", "2 x"],
         ["Mamba / minLSTM, batch 8", "0.8 x", "0.8 x"], ["Mamba / minLSTM, batch 64", "0.8 x", "0.8 x"],
     ]  # fmt: skip
-    published = {row: value.value for (_, row, _, _), value in tables.read_paper(PAPER).items()}
-    lines = {row: cells for row, *cells in page.claims_grid(parts, published)[1]}
+    lines = {row: line for row, *line in page.claims_grid(parts, cells.read_paper())[1]}
     row = "takes longer than {}, a context and one token, batch {}"
     assert lines[f"Mamba {row.format('minGRU', 8)}"] == ["+6.6 %", "", "-50 %", "+100 %"]
     assert lines[f"minLSTM {row.format('Mamba', 32)}"] == ["+0 %", "", "", ""]  # not measured
@@ -453,7 +454,7 @@ def test_the_csv_has_every_number_and_the_table_every_status(tmp_path):
     points = [point("minGRU", 64, 0.00123, 2**21), point("GRU, loop", 64, 0.5), point("minGRU", 128, 2.5)]
     points.append({"layer": "GRU, loop", "width": 8, "batch": 64, "length": 128, **late})
     record = part(tmp_path, "train", points)
-    paths = [path.name for path in tables.write_efficiency(tmp_path)]
+    paths = [path.name for path in page.write_all(tmp_path, cells.read_paper())]
     assert paths == [
         "efficiency_claims_cpu_some_cpu_2_threads_avx512.md",
         "efficiency_train_cpu_some_cpu_2_threads_avx512.md",
@@ -491,7 +492,7 @@ def test_two_records_of_one_part_are_not_mixed_up(tmp_path):
 
 
 def test_every_claim_has_a_published_value_and_the_other_way_round():
-    published = {row: value for (table, row, _, _), value in tables.read_paper(PAPER).items() if table == "efficiency"}
+    published = {row: value for (table, row, _, _), value in cells.read_paper().items() if table == "efficiency"}
     assert published.keys() == {claim.row for claim in page.CLAIMS}
     assert published["GRU takes longer than minGRU, training, T = 4096"].value == 1324
 
@@ -524,7 +525,7 @@ def test_figures_show_what_the_records_hold(tmp_path):
 
 def test_parts_are_those_that_can_be_chosen():
     chosen = {path.stem for path in (launch.CONFIGS / "efficiency/part").glob("*.yaml")}
-    assert chosen == set(shown.TITLES) and all(set(parts) <= chosen for parts in (*shown.PARTS.values(), shown.BENCH))
+    assert chosen == set(shown.TITLES) and all(set(parts) <= chosen for parts in (*wanted.PARTS.values(), wanted.BENCH))
     for name in chosen:
         assert launch.compose("efficiency", [f"part={name}"])["data"]["part"] == name
 
@@ -533,10 +534,10 @@ def test_parts_are_those_that_can_be_chosen():
 
 
 def test_it_runs_alone_and_is_told_to_stop(tmp_path):
-    planner = partial(reproduce.Planner, [], str(tmp_path), str(tmp_path), lambda *_: [])
+    planner = partial(processes.Planner, [], str(tmp_path), str(tmp_path), lambda *_: [])
     assert planner().alone([sys.executable, "-c", "raise SystemExit(75)"]) == 75
     began = time.monotonic()
-    late = planner(budget=-reproduce.GRACE)
+    late = planner(budget=-processes.GRACE)
     assert late.alone([sys.executable, "-c", "import time; time.sleep(60)"]) == -15
     assert time.monotonic() - began < 30 and not late.jobs
 

@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from experiments import records
-from scripts import gpu, plan
+from experiments import grid, records
+from scripts import gpu
 from tests.test_scripts import make_record
 
-DONE = plan.runs(
-    "smoke", 1, [cell for cell in plan.CELLS if cell.row == "GRU" and cell.experiment == "selective_copy"]
+DONE = grid.runs(
+    "smoke", 1, [cell for cell in grid.CELLS if cell.row == "GRU" and cell.experiment == "selective_copy"]
 )[0]
 
 

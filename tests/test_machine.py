@@ -43,7 +43,7 @@ def test_products_are_products(shape, layout):
 )
 def test_the_processor_decides_who_multiplies(monkeypatch, capability, vendor):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(machine, "_vendor", lambda: vendor)
+    monkeypatch.setattr(machine, "_processor", lambda: {"vendor_id": vendor} if vendor else {})
     monkeypatch.setattr(machine, "_products", None)  # which nothing is to be registered with
     assert machine.fast_products.__wrapped__() == "torch"
 
@@ -53,7 +53,7 @@ def test_amd_with_avx512_multiplies_by_onednn(monkeypatch):
     registered = {}
     library = SimpleNamespace(impl=lambda operator, function, key: registered.update({(operator, key): function}))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(machine, "_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(machine, "_processor", lambda: {"vendor_id": "AuthenticAMD"})
     monkeypatch.setattr(machine, "_products", library)
     assert machine.fast_products.__wrapped__() == "oneDNN"
     assert registered == {("mm", "CPU"): machine._mm, ("addmm", "CPU"): machine._addmm}

@@ -1,5 +1,6 @@
 """Every model obeys the law of recurrence, and the paper's is the one written out by hand."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from minrnn.models import Backbone, RMSNorm, TokenModel
 
 CONFIGS = Path(__file__).parent.parent / "configs/selective_copy/model"
 ELSEWHERE = {"attention": ("charlm", "transformer"), "aaren": ("decision", "aaren")}  # where their files are
+WITHOUT_FILE = {"qrnn": "gru", "sru": "gru"}  # and whose they take
+SETTINGS = {
+    "mingru_mlp_gates": ("mingru", "model.gate_layers=2"),
+    "minlstm_mlp_gates": ("minlstm", "model.gate_layers=2"),
+    "hybrid": ("mingru", "model.attention_at=1", "model.attention_heads=2"),
+}
 BARE = (
     "model.mlp=0",
     "model.norm=rms",
@@ -22,16 +29,19 @@ BARE = (
     "model.positions=false",
     "model.dropout=0",
 )
-NAMES = sorted([path.stem for path in CONFIGS.glob("*.yaml")] + [*ELSEWHERE])
+NAMES = sorted([*(path.stem for path in CONFIGS.glob("*.yaml")), *ELSEWHERE, *WITHOUT_FILE, *SETTINGS])
 RECURRENT = [name for name in NAMES if "hyena" not in name]
 TOKENS = torch.arange(2 * 23).view(2, 23) * 7 % 16
 
 
 def model_of(name, dtype=torch.float64, layers=2, *settings):
-    experiment, file = ELSEWHERE.get(name, ("selective_copy", name))
-    overrides = [f"model={file}", f"model.layers={layers}", "model.dim=16"]
+    name, *own = SETTINGS.get(name, (name,))
+    experiment, file = ELSEWHERE.get(name, ("selective_copy", WITHOUT_FILE.get(name, name)))
+    overrides = [f"model={file}", f"model.layers={layers}", "model.dim=16", *own]
     overrides += [*(setting for setting in BARE if setting.split("=")[0] not in " ".join(settings)), *settings]
     model = resolve(experiment, overrides).model
+    if name in WITHOUT_FILE:
+        model = MODELS[name](**asdict(model) | {"name": name})
     return TokenModel(16, 16, mixer=make(**model.mixer(64)), **model.backbone(64)).to(dtype)
 
 
@@ -201,12 +211,13 @@ def test_attention_and_mlp_are_nanogpts_written_out():
     close(model(TOKENS)[0], expected)
 
 
-def test_gpt2s_initial_values():
+@pytest.mark.parametrize("name", ("attention", "hybrid", "mingru_mlp_gates", "qrnn", "sru"))
+def test_gpt2s_initial_values(name):
     settings = ("model.mlp=4", "model.norm=layer", "model.positions=true", "model.tied=true", "model.init=gpt2")
-    model = model_of("attention", torch.float32, 8, *settings)
+    model = model_of(name, torch.float32, 8, *settings)
     assert model.head.weight is model.embedding.weight
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
+        if parameter.dim() == 2 and not name.endswith((".v", ".bias")):  # of SRU, no Linear's
             adds = name.endswith("out.weight")
             expected = 0.02 / 4 if adds else 0.02
             assert 0.8 < parameter.std().item() / expected < 1.2, name
@@ -229,7 +240,7 @@ def test_dropout_acts_in_training_only():
     assert (model(TOKENS)[0] - model(TOKENS)[0]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", ("mingru", "minlstm"))
+@pytest.mark.parametrize("name", ("mingru", "minlstm", "mingru_mlp_gates", "qrnn", "sru", "hybrid"))
 def test_compiles_as_one_graph(name):
     model = model_of(name, torch.float32)
     close(torch.compile(model, backend="aot_eager", fullgraph=True)(TOKENS, last=5)[0], model(TOKENS, last=5)[0], 1e-5)
@@ -244,6 +255,19 @@ def test_rms_norm_is_torchs_with_the_weight_around_one():
     close(norm(x), torchs(x), 1e-6)
 
 
+def test_a_hybrid_has_attention_in_one_layer():
+    settings = {"mixer": make("mingru"), "dropout": 0.1, "bias": True}
+    mixers = Backbone(8, 3, attention_at=1, attention_heads=2, **settings).mixers
+    assert [type(mixer).__name__ for mixer in mixers] == ["MinGRUMixer", "Attention", "MinGRUMixer"]
+    assert (mixers[1].heads, mixers[1].dropout, mixers[1].out.bias is None) == (2, 0.1, False)
+    assert Backbone(8, 3, attention_at=0, **settings).mixers[0].heads == 4
+    for at in (-1, 3):
+        with pytest.raises(ValueError, match=f"attention_at: expected 0 to 2 of layers=3, got {at}"):
+            Backbone(8, 3, attention_at=at, **settings)
+    with pytest.raises(ValueError, match="attention_heads: expected None where attention_at=None, got 2"):
+        Backbone(8, 3, attention_heads=2, **settings)
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="layers: expected a positive int, got 0"):
         Backbone(8, 0, MinGRUMixer)
@@ -253,7 +277,7 @@ def test_wrong_arguments_are_named():
         make("gru2")
     with pytest.raises(ValueError, match="wrapping: expected one of .*'h3'.*, got 'h4'"):
         make("ssm", wrapping="h4", inner="s4")
-    assert set(MODELS) == {"mingru", "minlstm", "gru", "lstm", "attention", "aaren", "ssm"}
+    assert set(MODELS) == {"mingru", "minlstm", "gru", "lstm", "attention", "aaren", "ssm", "qrnn", "sru"}
 
 
 @pytest.mark.parametrize("mixer", (GRUMixer, LSTMMixer, MinGRUMixer, MinLSTMMixer))

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import launch
+from experiments import grid, launch
 from experiments.config import EXPERIMENTS, typed
-from scripts import collect, efficiency, pages, plan, report, tables
+from experiments.grid.efficiency import BENCH
+from scripts import collect
+from scripts.draw import cells, efficiency, findings, pages, report, tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,16 +43,16 @@ def test_readme_is_one_page_and_links_to_every_other():
 def possible():
     """Every name that a generator may write, today or once there are records."""
     names = {"found:times", "table:speed", "table:reproduction"}
-    for table in plan.TABLES:
-        for profile in plan.SCALES:
-            if any(cell.table == table and profile in cell.profiles for cell in plan.CELLS):
-                file = tables.file_name(table, profile)
+    for table in grid.TABLES:
+        for profile in grid.SCALES:
+            if any(cell.table == table and profile in cell.profiles for cell in grid.CELLS):
+                file = cells.file_name(table, profile)
                 names |= {f"table:{file}", f"figure:{file}"}
-                names |= {f"found:{file}"} if table in report.FINDINGS else set()
+                names |= {f"found:{file}"} if table in findings.FINDINGS else set()
     for (profile, machine), parts in efficiency.load(ROOT / "results").items():
         ending = efficiency.slug(profile, machine)
         names |= {f"found:efficiency_{ending}", f"figure:efficiency_{ending}"}
-        names |= {f"table:efficiency_{part}_{ending}" for part in ("claims", *efficiency.BENCH, *parts)}
+        names |= {f"table:efficiency_{part}_{ending}" for part in ("claims", *BENCH, *parts)}
     return names
 
 

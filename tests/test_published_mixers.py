@@ -1,4 +1,4 @@
-"""The blocks of the Mamba paper's Table 1 and Aaren, written out here in float64 loops: results and gradients."""
+"""Mamba's Table 1, Aaren, QRNN, SRU and two-layer gates, written out here in float64 loops: results and gradients."""
 
 import math
 
@@ -158,6 +158,58 @@ def aaren(p, x):
     return linear(p, "out", torch.stack(rows, 1).flatten(2))
 
 
+def qrnn(window):
+    """arXiv 1611.01576, equations 1 and 4."""
+
+    def block(p, x):
+        c, rows = 0, []
+        filters = p["in_proj.weight"].unflatten(1, (window, D))
+        for t in range(T):
+            taps = sum(x[:, t - k] @ filters[:, window - 1 - k].T for k in range(window) if t >= k)
+            z, f, o = (taps + p["in_proj.bias"]).chunk(3, -1)
+            c = sigmoid(f) * c + (1 - sigmoid(f)) * torch.tanh(z)
+            rows.append(sigmoid(o) * c)
+        return linear(p, "out", torch.stack(rows, 1))
+
+    return block
+
+
+def sru(p, x):
+    """arXiv 1709.02755v5, equations 1 to 4, with alpha of its section 3.2; a fourth matrix where widths differ."""
+    W, W_f, W_r, *W_x = p["in_proj.weight"].split(p["v"].shape[1])
+    (v_f, v_r), (b_f, b_r) = p["v"], p["bias"]
+    c, rows = torch.zeros(B, len(W), dtype=torch.float64), []
+    for x_t in x.unbind(1):
+        f = sigmoid(x_t @ W_f.T + v_f * c + b_f)
+        r = sigmoid(x_t @ W_r.T + v_r * c + b_r)
+        c = f * c + (1 - f) * (x_t @ W.T)
+        rows.append(r * c + (1 - r) * (x_t @ W_x[0].T if W_x else 3**0.5 * x_t))
+    return linear(p, "out", torch.stack(rows, 1))
+
+
+def two_layer_gates(signed):
+    """arXiv 2410.01201, sections 3.1 and 3.2, with an MLP for each gate's Linear."""
+
+    def g(x):
+        return torch.where(x >= 0, x + 0.5, sigmoid(x))
+
+    def block(p, x):
+        h, rows = g(p["initial"]).expand(B, -1), []
+        for x_t in x.unbind(1):
+            hidden, candidate = linear(p, "rnn.fc", x_t).chunk(2, -1)
+            hidden = hidden / 2 * (1 + torch.erf(hidden / math.sqrt(2)))
+            gates = sigmoid(linear(p, "rnn.gates", hidden)).split(h.shape[1], -1)
+            f, i = (1 - gates[0], gates[0]) if len(gates) == 1 else gates
+            f, i = f / (f + i), i / (f + i)
+            if signed:
+                f, i = f - i, 1 - (f - i).abs()
+            h = f * h + i * g(candidate)
+            rows.append(h)
+        return linear(p, "out", torch.stack(rows, 1))
+
+    return block
+
+
 def ssm(inner, wrapping, **settings):
     return make("ssm", inner=inner, wrapping=wrapping, **settings)
 
@@ -173,6 +225,15 @@ BLOCKS = {
     "Mamba Hyena": (ssm("hyena", "mamba", max_len=T), mamba(hyena)),
     "Mamba S6": (ssm("s6", "mamba"), mamba(s6)),
     "Aaren": (make("aaren", heads=2), aaren),
+    "QRNN": (make("qrnn", expansion=2), qrnn(2)),
+    "QRNN, no window": (make("qrnn", window=1), qrnn(1)),
+    "QRNN, window 4": (make("qrnn", window=4), qrnn(4)),
+    "SRU": (make("sru"), sru),
+    "SRU, wider": (make("sru", expansion=2), sru),
+} | {
+    f"{name}, signed={signed}": (make(name, expansion=2, signed=signed, gate_layers=2), two_layer_gates(signed))
+    for name in ("mingru", "minlstm")
+    for signed in (False, True)
 }
 
 

@@ -12,9 +12,9 @@ import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments import charlm, checkpoints, config, files, launch, records
+from experiments import charlm, checkpoints, config, files, grid, launch, records
 from experiments.decision import data as decision_data
-from scripts import plan, tables
+from scripts.draw import cells
 from tests.test_decision_data import NAME, save, steps
 from tests.test_scripts import make_record, put
 
@@ -86,7 +86,7 @@ def test_a_refused_run_leaves_one_line_and_nothing_else(tmp_path):
         assert left == [], left
 
 
-RUN = plan.runs("smoke", 1, [cell for cell in plan.CELLS if cell.row == "GRU" and cell.experiment == "selective_copy"])[
+RUN = grid.runs("smoke", 1, [cell for cell in grid.CELLS if cell.row == "GRU" and cell.experiment == "selective_copy"])[
     0
 ]
 DAMAGES = {
@@ -112,7 +112,7 @@ def test_a_record_that_is_not_what_it_says_is_refused(tmp_path, damage):
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(record))
     with pytest.raises(records.RecordError, match=f"{path}: .*{match}"):
-        tables.load(tmp_path)
+        cells.load(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b"null", b"{", b'{"a": 1}', b"[" * 100_000, b""])
@@ -134,7 +134,7 @@ def test_a_record_that_is_no_file_is_refused(tmp_path):
 
 def test_a_record_in_its_place_is_read(tmp_path):
     put(tmp_path, make_record(RUN, 0.5))
-    assert [*tables.load(tmp_path)] == [RUN.run_id] == [config.run_id(RUN.config)]
+    assert [*cells.load(tmp_path)] == [RUN.run_id] == [config.run_id(RUN.config)]
 
 
 def test_a_claim_changes_nothing_through_a_link_and_leaves_no_empty_folder(tmp_path):
@@ -235,9 +235,9 @@ def test_a_damaged_table_of_published_values_is_refused(tmp_path, content, match
     path = tmp_path / "paper.csv"
     path.write_text(content)
     with pytest.raises(records.RecordError, match=match):
-        tables.read_paper(path)
+        cells.read_paper(path)
     path.write_text(HEAD + GOOD)
-    assert len(tables.read_paper(path)) == 1
+    assert len(cells.read_paper(path)) == 1
 
 
 SETTINGS = {
@@ -285,10 +285,10 @@ launch.main("selective_copy")
 
 
 def _a_record(folder):
-    run = next(run for run in plan.runs("cpu", 1) if run.experiment == "charlm")
+    run = next(run for run in grid.runs("cpu", 1) if run.experiment == "charlm")
     put(folder, make_record(run, 0.9))
     path = records.record_path(folder, run.experiment, run.run_id)
-    return path, lambda: tables.load(folder)
+    return path, lambda: cells.load(folder)
 
 
 def _a_checkpoint(folder):
@@ -308,8 +308,8 @@ def _a_checkpoint(folder):
 
 def _published_values(folder):
     path = folder / "paper.csv"
-    path.write_bytes(tables.PAPER.read_bytes())
-    return path, lambda: tables.read_paper(path)
+    path.write_bytes(cells.PAPER.read_bytes())
+    return path, lambda: cells.read_paper(path)
 
 
 def _a_text(folder):

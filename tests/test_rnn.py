@@ -23,6 +23,8 @@ VARIANTS = [
     pytest.param(MinLSTM, {"activation": "identity"}, id="lstm-identity"),
     pytest.param(MinLSTM, {"normalize_gates": False}, id="lstm-unnormalized"),
     pytest.param(MinLSTM, {"normalize_gates": False, "activation": "identity"}, id="lstm-unnormalized-identity"),
+    pytest.param(MinGRU, {"signed": True}, id="gru-signed"),
+    pytest.param(MinLSTM, {"signed": True, "activation": "identity"}, id="lstm-signed-identity"),
 ]
 each_layer = pytest.mark.parametrize("layer", LAYERS)
 each_variant = pytest.mark.parametrize("layer, options", VARIANTS)
@@ -45,10 +47,14 @@ def one_step(rnn, projection, h):
         candidate = torch.where(candidate >= 0, candidate + 0.5, sigmoid(candidate))
     if isinstance(rnn, MinGRU):
         z = sigmoid(gates[0])
-        return (1 - z) * h + z * candidate
-    f, i = map(sigmoid, gates)
-    if rnn.normalize_gates:
-        f, i = f / (f + i), i / (f + i)
+        f, i = 1 - z, z
+    else:
+        f, i = map(sigmoid, gates)
+        if rnn.normalize_gates:
+            f, i = f / (f + i), i / (f + i)
+    if rnn.signed:
+        assert isinstance(rnn, MinGRU) or rnn.normalize_gates
+        f, i = 2 * f - 1, 1 - (2 * f - 1).abs()
     return f * h + i * candidate
 
 

@@ -28,6 +28,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NO_BFLOAT16 = CUDA and torch.cuda.get_device_capability() < (8, 0)
 backends = pytest.mark.parametrize("backend", COMPILED)
 cells = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
+# Where what is tested does not hang on the formula. Each cell and dtype is a kernel more to compile, for seconds.
+PLAIN = {name: cell for name, cell in CELLS.items() if not cell.signed}
+FORMS = PLAIN | {name: CELLS[name] for name in ("mingru_signed_g", "minlstm_signed_identity")}
+plain_cells = pytest.mark.parametrize("cell", PLAIN.values(), ids=PLAIN)
+forms = pytest.mark.parametrize("cell", FORMS.values(), ids=FORMS)
 
 
 def skip_without_bfloat16(backend, dtype):
@@ -53,14 +58,19 @@ def plain_loop(cell, inputs, h0):
                 x = [float(v[b, t, d]) for v in inputs]
                 if cell == LINEAR:
                     state = x[0] * state + x[1]
-                elif cell.kind == "mingru":
-                    z = sigmoid(x[0])
-                    state = (1 - z) * state + z * (g(x[1]) if cell.activation == "g" else x[1])
+                    h[b, t, d] = state
+                    continue
+                if cell.kind == "mingru":
+                    f, i = 1 - sigmoid(x[0]), sigmoid(x[0])
                 else:
                     f, i = sigmoid(x[0]), sigmoid(x[1])
                     if cell.normalize:
                         f, i = f / (f + i), i / (f + i)
-                    state = f * state + i * (g(x[2]) if cell.activation == "g" else x[2])
+                if cell.signed and cell.kind == "minlstm" and not cell.normalize:
+                    f = math.tanh(x[0] / 2)
+                elif cell.signed:
+                    f, i = f - i, 1 - abs(f - i)
+                state = f * state + i * (g(x[-1]) if cell.activation == "g" else x[-1])
                 h[b, t, d] = state
     return h
 
@@ -72,7 +82,16 @@ def test_reference_is_the_papers_equations(cell):
     torch.testing.assert_close(scan(cell, tuple(inputs), h0, backend="reference"), plain_loop(cell, inputs, h0))
 
 
-@cells
+def test_signed_state_counts_modulo_two():
+    """Gates at one end keep the state and at the other flip it: exact parity after any number of steps."""
+    bits = torch.randint(2, (3, 100_000), generator=torch.Generator().manual_seed(0))
+    gate = torch.where(bits == 1, 40.0, -40.0)[..., None]
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        h = mingru_scan(gate.to(dtype), torch.randn(3, 100_000, 1).to(dtype), torch.ones(3, 1).to(dtype), signed=True)
+        assert torch.equal(h[..., 0].double(), 1.0 - 2 * (bits.cumsum(1) % 2))
+
+
+@plain_cells
 def test_log_space_agrees_where_it_is_defined(cell):
     inputs = draw(cell, 2, 33, 5, torch.float64)
     inputs[-1] = inputs[-1].abs() + 0.1
@@ -81,8 +100,15 @@ def test_log_space_agrees_where_it_is_defined(cell):
 
 
 @backends
-@cells
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "cell, dtype",
+    [
+        pytest.param(cell, dtype, id=f"{name}-{dtype}")
+        for name, cell in CELLS.items()
+        for dtype in DTYPES
+        if name in FORMS or dtype == torch.float32
+    ],
+)
 def test_outputs_and_gradients(cell, dtype, backend):
     skip_without_bfloat16(backend, dtype)
     for B, T, D in ((2, 7, 33), (1, 19, 5)) if backend in INTERPRETED else ((3, 63, 100), (2, 67, 5), (5, 33, 129)):
@@ -107,7 +133,7 @@ def test_empty_and_short(B, T, D, backend):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@cells
+@plain_cells
 def test_long_sequences(cell, dtype):
     backend = "triton" if CUDA else "cpu"
     skip_without_bfloat16(backend, dtype)
@@ -180,7 +206,7 @@ def laid_out(x, layout):
 @given(data=st.data())
 @backends
 def test_any_shape_layout_and_dtype(backend, data):
-    cell = data.draw(st.sampled_from(list(CELLS.values())), "cell")
+    cell = data.draw(st.sampled_from(list(PLAIN.values())), "cell")
     missing = (torch.bfloat16,) if NO_BFLOAT16 and backend == "triton" else ()
     dtype = data.draw(st.sampled_from([d for d in DTYPES if d not in missing]), "dtype")
     small = backend in INTERPRETED
@@ -219,7 +245,7 @@ def test_output_follows_the_inputs_memory_order(backend):
 
 
 @backends
-@cells
+@forms
 def test_whole_is_stepwise_is_chunked(cell, backend):
     inputs = draw(cell, 2, 23, 19, torch.float64, DEVICE[backend])
     whole = scan(cell, tuple(inputs), backend=backend)
@@ -245,7 +271,7 @@ def test_resets_are_sequences_of_their_own(backend):
 
 
 @backends
-@cells
+@plain_cells
 @pytest.mark.parametrize("reverse", (False, True))
 def test_sequences_end_to_end_run_as_if_each_were_alone(cell, backend, reverse):
     for dtype, D, has_h0, has_resets in (
@@ -274,7 +300,7 @@ def test_sequences_end_to_end_are_divided_among_threads(threads):
         assert torch.equal(got, scan(MINLSTM, tuple(part), state))
 
 
-@cells
+@plain_cells
 def test_results_do_not_depend_on_threads(cell):
     inputs = draw(cell, 5, 300, 1100)
     h0, weight = torch.randn(5, 1100), torch.randn(5, 300, 1100)
@@ -312,7 +338,7 @@ def test_few_wide_rows_are_divided_among_threads():
 
 
 @pytest.mark.parametrize("backend", ("reference", "cpu"))
-@cells
+@forms
 @pytest.mark.parametrize(
     "options", ({}, {"resets": True}, {"reverse": True}, {"packed": True}, {"packed": True, "reverse": True}), ids=str
 )
@@ -461,6 +487,8 @@ x = torch.zeros(2, 5, 3)
         (lambda: linear_scan(x.long(), x), TypeError, "a: expected a tensor of float64, .* got torch.int64"),
         (lambda: linear_scan(x.to(torch.float8_e5m2), x), TypeError, "a: expected .* got torch.float8_e5m2"),
         (lambda: minlstm_scan(x, x, x, normalize="no"), TypeError, "normalize: expected a bool, got str"),
+        (lambda: mingru_scan(x, x, signed=1), TypeError, "signed: expected a bool, got int"),
+        (lambda: mingru_scan(x, x, signed=True, backend="log"), ValueError, "signed: not defined in log space"),
         (lambda: linear_scan(x[0], x), ValueError, r"a: expected shape \(B, T, D\), got \(5, 3\)"),
         (lambda: mingru_scan(x, x[:, :4]), ValueError, r"candidate: expected shape \(2, 5, 3\) .*got \(2, 4, 3\)"),
         (lambda: mingru_scan(x, x.double()), TypeError, "candidate: expected gate's dtype torch.float32"),

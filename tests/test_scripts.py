@@ -16,11 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import data, files, records
+from experiments import data, files, grid, records
 from experiments.config import FORMER, MODELS, PROFILES, run_id
 from experiments.decision import data as decision_data
 from experiments.launch import compose
-from scripts import figures, migrate, plan, report, reproduce, summary, tables
+from scripts import migrate, reproduce
+from scripts.draw import cells, figures, findings, report, summary, tables
+from scripts.planner import agenda, datasets, processes
+from scripts.planner.said import duration, seconds
 
 ROOT = Path(__file__).parent.parent
 SENTINEL = 77777.7
@@ -53,7 +56,7 @@ def put(results, record):
 
 def find(profile, label, seeds=3, experiment="selective_copy"):
     """The runs of a label, by seed."""
-    return [run for run in plan.runs(profile, seeds) if run.label == f"{experiment}: {label}"]
+    return [run for run in grid.runs(profile, seeds) if run.label == f"{experiment}: {label}"]
 
 
 def long(path):
@@ -62,23 +65,23 @@ def long(path):
 
 
 def fill(results, profile):
-    for i, run in enumerate(plan.runs(profile, 2)):
+    for i, run in enumerate(grid.runs(profile, 2)):
         put(results, make_record(run, 0.2 + 0.02 * (i % 20)))
 
 
-# -- the plan
+# -- the grid
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_cell_composes_and_every_run_is_done_once(profile):
-    every = plan.runs(profile, 2)
+    every = grid.runs(profile, 2)
     assert len({run.run_id for run in every}) == len(every)
-    runs = [run for run in every if run.seed != plan.CHOICE_SEED]
+    runs = [run for run in every if run.seed != grid.CHOICE_SEED]
     assert len({run.group for run in runs}) == len(runs) // 2
     assert all(run.config["profile"] == profile and run.config["seed"] == run.seed for run in every)
     # Every cell is filled, by one group of runs; those of both tables' three layers share theirs.
-    filled = [cell for run in every if run.seed in (0, plan.CHOICE_SEED) for cell in run.cells]
-    assert sorted(filled, key=plan.CELLS.index) == [cell for cell in plan.CELLS if profile in cell.profiles]
+    filled = [cell for run in every if run.seed in (0, grid.CHOICE_SEED) for cell in run.cells]
+    assert sorted(filled, key=grid.CELLS.index) == [cell for cell in grid.CELLS if profile in cell.profiles]
     for row in ("minGRU", "minLSTM"):
         shared = next(run for run in runs if run.label == f"selective_copy: {row}, layers 3")
         more = {"forget_bias"} if row == "minLSTM" and profile != "smoke" else set()
@@ -86,8 +89,8 @@ def test_every_cell_composes_and_every_run_is_done_once(profile):
 
 
 def test_the_most_wanted_come_first_and_seeds_one_after_another():
-    *runs, last = plan.runs("cpu", 2)
-    assert last.seed == plan.CHOICE_SEED
+    *runs, last = grid.runs("cpu", 2)
+    assert last.seed == grid.CHOICE_SEED
     runs = [run for run in runs if run.seed < 2]
     language = [run.label.split(": ") for run in runs if run.seed == 0][:7]
     assert language[0] == ["charlm", "minGRU"] and {experiment for experiment, _ in language} == {"charlm"}
@@ -98,7 +101,7 @@ def test_the_most_wanted_come_first_and_seeds_one_after_another():
 
 
 def test_baselines_train_as_in_the_mamba_paper_and_minimal_rnns_as_their_sources_say():
-    for label in plan.COPYING_MODELS:
+    for label in grid.selective_copy.ROWS:
         minimal = label in ("minGRU", "minLSTM")
         for profile in ("paper", "cpu"):
             config = find(profile, f"{label}, layers 3" if minimal else label, 1)[0].config
@@ -125,9 +128,9 @@ def test_plain_rnns_have_the_parameters_of_the_minimal_ones():
 
 
 def test_every_published_value_has_its_cell():
-    cells = {(cell.table, cell.row, cell.column, cell.metric) for cell in plan.CELLS}
-    published = tables.read_paper()
-    assert {key for key in published if key[0] != "efficiency"} <= cells  # those are held in test_efficiency.py
+    known = {(cell.table, cell.row, cell.column, cell.metric) for cell in grid.CELLS}
+    published = cells.read_paper()
+    assert {key for key in published if key[0] != "efficiency"} <= known  # those are held in test_efficiency.py
     unconfirmed = {key[:3] for key, value in published.items() if not value.confirmed}
     assert {key[1:] for key in unconfirmed if key[0] == "table1_layers"} == {
         (row, column) for row in ("minLSTM", "minGRU") for column in ("1", "2")
@@ -176,7 +179,7 @@ def test_what_was_not_run_is_blank_and_what_failed_is_said(tmp_path):
     put(tmp_path, {key: failed[key] for key in failed if key not in ("curves", "steps", "seconds", "parameters")})
     tables.write_all(tmp_path)
     lines = long(tmp_path / "tables/table2_selective_copy_cpu.csv")
-    assert len(lines) == sum(cell.table == "table2_selective_copy" and "cpu" in cell.profiles for cell in plan.CELLS)
+    assert len(lines) == sum(cell.table == "table2_selective_copy" and "cpu" in cell.profiles for cell in grid.CELLS)
     for row, n, mean in (("H3 Hyena", "1", "30"), ("LSTM", "0", ""), ("Mamba S6", "0", "")):
         line = lines[row, "accuracy"]
         assert (line["n"], line["mean"], line["std"]) == (n, mean, "")
@@ -201,8 +204,8 @@ def test_only_the_papers_own_scale_is_compared_with_it(tmp_path):
         assert "ours - paper" in paper and "ours - paper" not in cpu
         assert "Scaled down" in cpu and f"body length {config['data']['length']} (paper: 4,096)" in cpu
         assert "steps 400,000" in paper and "Some CPU (2 cores, 1 thread per run)" in paper and "seeds 0, 1" in paper
-    assert "overlaps the paper's" in report.page(tmp_path, ("paper",), tables.load(tmp_path), tables.PAPER)
-    assert "overlaps the paper's" not in report.page(tmp_path, ("cpu",), tables.load(tmp_path), tables.PAPER)
+    assert "overlaps the paper's" in report.page(tmp_path, ("paper",), cells.load(tmp_path), cells.PAPER)
+    assert "overlaps the paper's" not in report.page(tmp_path, ("cpu",), cells.load(tmp_path), cells.PAPER)
 
 
 def test_a_table_of_a_scaled_profile_alone_names_the_papers_scale(tmp_path):
@@ -210,14 +213,14 @@ def test_a_table_of_a_scaled_profile_alone_names_the_papers_scale(tmp_path):
     tables.write_all(tmp_path)
     text = (tmp_path / "tables/decision_variants_cpu.md").read_text()
     assert "width 64 (paper: 128), steps 3,000 (paper: 100,000)" in text
-    assert not any(cell.table == "decision_variants" for run in plan.runs("paper", 1) for cell in run.cells)
+    assert not any(cell.table == "decision_variants" for run in grid.runs("paper", 1) for cell in run.cells)
 
 
 def test_naming_the_commonest_symbol_is_right_as_often_as_drawn():
     draw = random.Random(0)
     for tokens, vocab in ((8, 16), (16, 16), (1, 5)):
         counts = [max(Counter(draw.choices(range(vocab - 2), k=tokens)).values()) / tokens for _ in range(20_000)]
-        exact = plan.commonest({"data": {"tokens": tokens, "vocab": vocab}})
+        exact = grid.selective_copy.commonest({"data": {"tokens": tokens, "vocab": vocab}})
         assert exact == pytest.approx(100 * sum(counts) / len(counts), abs=0.3)
 
 
@@ -235,7 +238,7 @@ def test_unconfirmed_values_are_marked_everywhere(tmp_path):
 def test_a_value_of_the_paper_stands_in_its_columns_only(tmp_path):
     """Poisoned values are looked for in everything that is written."""
     poisoned = tmp_path / "paper.csv"
-    lines = list(csv.DictReader(io.StringIO(tables.PAPER.read_text())))
+    lines = list(csv.DictReader(io.StringIO(cells.PAPER.read_text())))
     with poisoned.open("w", newline="") as file:
         writer = csv.DictWriter(file, lines[0].keys())
         writer.writeheader()
@@ -251,32 +254,30 @@ def test_a_value_of_the_paper_stands_in_its_columns_only(tmp_path):
             seen += line["paper"] == str(SENTINEL)
     for path in [*(tmp_path / "tables").glob("*.md"), *(tmp_path / "tables").glob("*.tex"), tmp_path / "REPORT.md"]:
         for line in path.read_text().splitlines():
-            cells = [cell.strip() for cell in re.split(r"[|&]", line.removesuffix(r"\\").strip("| "))]
-            if cells[0] == "model":
-                heads = [i for i, name in enumerate(cells) if name.startswith(("paper", "nanoGPT"))]
+            parts = [part.strip() for part in re.split(r"[|&]", line.removesuffix(r"\\").strip("| "))]
+            if parts[0] == "model":
+                heads = [i for i, name in enumerate(parts) if name.startswith(("paper", "nanoGPT"))]
             elif str(SENTINEL) in line:
-                found = [i for i, cell in enumerate(cells) if str(SENTINEL) in cell]
-                assert found == heads or cells[1] == "paper"  # its line, where the models stand side by side
+                found = [i for i, part in enumerate(parts) if str(SENTINEL) in part]
+                assert found == heads or parts[1] == "paper"  # its line, where the models stand side by side
                 seen += len(found)
-    places = {(cell.table, cell.row, cell.column): {"paper", "cpu"} & set(cell.profiles) for cell in plan.CELLS}
-    cells = [(line["table"], line["row"], line["column"]) for line in lines if line["table"] != "efficiency"]
-    shown = sum(len(places[cell]) for cell in cells)
+    places = {(cell.table, cell.row, cell.column): {"paper", "cpu"} & set(cell.profiles) for cell in grid.CELLS}
+    places_of = [(line["table"], line["row"], line["column"]) for line in lines if line["table"] != "efficiency"]
+    shown = sum(len(places[place]) for place in places_of)
     assert seen == shown * 4  # csv, md, tex and report
 
 
 def test_the_report_says_what_the_numbers_say(tmp_path):
-    for label, value in (
-        ("minGRU, layers 1", 0.44), ("minGRU, layers 2", 0.92), ("minGRU, layers 3", 0.99),
-        ("minLSTM, layers 1", 0.5), ("minLSTM, layers 2", 0.4), ("minLSTM, layers 3", 0.95), ("No gate S4", 0.12),
-    ):  # fmt: skip
+    values = {
+        "minGRU, layers 1": 0.44, "minGRU, layers 2": 0.92, "minGRU, layers 3": 0.99, "No gate S4": 0.12,
+        "minLSTM, layers 1": 0.5, "minLSTM, layers 2": 0.4, "minLSTM, layers 3": 0.95,
+    }  # fmt: skip
+    for label, value in values.items():
         put(tmp_path, make_record(find("cpu", label, 1)[0], value))
     report.write_all(tmp_path)
     page = (tmp_path / "REPORT.md").read_text()
     assert "The rows share 1 seed, too few for a verdict." in page and "above 95" not in page
-    for label, value in (
-        ("minGRU, layers 1", 0.44), ("minGRU, layers 2", 0.92), ("minGRU, layers 3", 0.99), ("No gate S4", 0.12),
-        ("minLSTM, layers 1", 0.5), ("minLSTM, layers 2", 0.4), ("minLSTM, layers 3", 0.95),
-    ):  # fmt: skip
+    for label, value in values.items():
         put(tmp_path, make_record(find("cpu", label)[1], value))
     put(tmp_path, make_record(find("cpu", "No gate S4")[2], 0.9))  # a seed that the other rows do not have
     report.write_all(tmp_path)
@@ -329,7 +330,7 @@ def test_what_is_said_of_character_models(tmp_path):
     line = long(tmp_path / "tables/charlm_cpu.csv")["minGRU", "whole text (best)"]
     assert (line["metric"], line["best_mean"], line["paper"]) == ("whole_loss_nats", "1.47", "")
     assert [path.name for path in figures.write_all(tmp_path)] == ["charlm_loss_cpu.png"]
-    (_, _, found) = next(t for t in tables.measured_tables(tables.load(tmp_path)) if t[0] == "charlm")
+    (_, _, found) = next(t for t in cells.measured_tables(cells.load(tmp_path)) if t[0] == "charlm")
     against_steps, against_time = figures.loss_against_steps_and_time("charlm", found).axes
     assert max(against_steps.lines[0].get_xdata()) == 2000
     assert max(against_time.lines[0].get_xdata()) == pytest.approx(2000 * 12 * 64 / 1e5 / 60)  # minutes
@@ -355,15 +356,15 @@ def test_runs_whose_file_is_nowhere_are_left_out(tmp_path, monkeypatch, capsys):
         raise data.DataError(f"{name} is nowhere")
 
     monkeypatch.setattr(data, "find", find_nothing)
-    runs = plan.runs("smoke", 1)
-    planner = reproduce.Planner(runs, str(tmp_path), str(tmp_path), lambda run, seconds: [])
-    waiting = reproduce.leave_without_data(planner, reproduce.missing(planner))
+    runs = grid.runs("smoke", 1)
+    planner = processes.Planner(runs, str(tmp_path), str(tmp_path), lambda run, seconds: [])
+    waiting = datasets.leave_without_data(planner, datasets.missing(planner))
     rest = [run.label for run in planner.runs if run.experiment == "charlm"]
     assert len(waiting) == 6 and rest == ["charlm: minGRU"] and len(planner.runs) == len(runs) - 6
     assert capsys.readouterr().out.count("tinyshakespeare is nowhere") == 1
     for run in runs:  # what is done needs no data
         put(tmp_path, make_record(run, 0.5))
-    assert reproduce.leave_without_data(reproduce.Planner(runs, str(tmp_path), "", lambda *_: [])) == []
+    assert datasets.leave_without_data(processes.Planner(runs, str(tmp_path), "", lambda *_: [])) == []
 
 
 def test_local_data_is_made_after_all_that_needs_none(tmp_path, monkeypatch):
@@ -373,14 +374,14 @@ def test_local_data_is_made_after_all_that_needs_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "find", lambda name: None)
     monkeypatch.setattr(reproduce, "measure", lambda *_: 0)
-    monkeypatch.setattr(reproduce.Planner, "go", lambda self: calls.append([run.experiment for run in self.runs]))
+    monkeypatch.setattr(processes.Planner, "go", lambda self: calls.append([run.experiment for run in self.runs]))
 
     def collect(planner, names):
         calls.append(list(names))
         (tmp_path / "local").mkdir()
         (tmp_path / "local/hopper-random.hdf5").touch()
 
-    monkeypatch.setattr(reproduce, "collect", collect)
+    monkeypatch.setattr(datasets, "collect", collect)
     reproduce.main()
     before, made, after = calls
     assert made == ["local/hopper-random"] and "decision" not in before and "charlm" in before
@@ -390,24 +391,22 @@ def test_local_data_is_made_after_all_that_needs_none(tmp_path, monkeypatch):
 def test_scores_on_two_files_of_one_name_are_not_joined(tmp_path, monkeypatch, capsys):
     first, second = find("cpu", "DT, dataset hopper-medium", 2, "decision")
     put(tmp_path / "a", make_record(first, 0.5, facts={"dataset_sha256": "old"}))
-    planner = reproduce.Planner([first, second], str(tmp_path / "a"), "", lambda *_: [])
+    planner = processes.Planner([first, second], str(tmp_path / "a"), "", lambda *_: [])
     monkeypatch.setenv("MINRNN_DATA", str(tmp_path))
     monkeypatch.chdir(tmp_path)  # data/ is looked for here too
-    assert reproduce.leave_without_data(planner, reproduce.missing(planner)) == []  # there is no file
-    nowhere = reproduce.Planner([first, second], str(tmp_path / "a"), "", lambda *_: [])
-    assert reproduce.leave_without_data(nowhere) == [second]
+    assert datasets.leave_without_data(planner, datasets.missing(planner)) == []  # there is no file
+    nowhere = processes.Planner([first, second], str(tmp_path / "a"), "", lambda *_: [])
+    assert datasets.leave_without_data(nowhere) == [second]
     assert "hopper-medium is not here: python -m scripts.collect env=hopper level=medium" in capsys.readouterr().out
     (tmp_path / "local").mkdir()
     (tmp_path / "local/hopper-medium.hdf5").touch()
     monkeypatch.setattr(decision_data, "dataset_checksum", lambda path, name: "new")
-    assert reproduce.leave_without_data(planner) == [second] and planner.runs == [first]
+    assert datasets.leave_without_data(planner) == [second] and planner.runs == [first]
     monkeypatch.setattr(decision_data, "dataset_checksum", lambda path, name: "old")
-    assert (
-        reproduce.leave_without_data(reproduce.Planner([first, second], str(tmp_path / "a"), "", lambda *_: [])) == []
-    )
+    assert datasets.leave_without_data(processes.Planner([first, second], str(tmp_path / "a"), "", lambda *_: [])) == []
     put(tmp_path / "a", make_record(second, 0.5, facts={"dataset_sha256": "new"}))
     with pytest.raises(records.RecordError, match="of two files local/hopper-medium: .* not joined"):
-        tables.load(tmp_path / "a")
+        cells.load(tmp_path / "a")
 
 
 def test_interquartile_means_are_of_the_same_datasets(tmp_path):
@@ -416,9 +415,7 @@ def test_interquartile_means_are_of_the_same_datasets(tmp_path):
             if (model, dataset) != ("DT", "walker2d-medium"):
                 for run in find("cpu", f"{model}, dataset {dataset}", seeds, "decision"):
                     put(tmp_path, make_record(run, 0.9 if "walker" in dataset else 0.2 + 0.1 * run.seed))
-    found = next(
-        found for table, _, found in tables.measured_tables(tables.load(tmp_path)) if table == "decision_local"
-    )
+    found = next(found for table, _, found in cells.measured_tables(cells.load(tmp_path)) if table == "decision_local")
     (ax,) = figures.interquartile("decision_local", found).axes
     assert ax.get_title(loc="left") == "hopper-medium, hopper-medium-expert"
     assert [line.get_xdata()[0] for line in ax.lines if line.get_marker() in "os"] == pytest.approx([25, 25])
@@ -426,18 +423,18 @@ def test_interquartile_means_are_of_the_same_datasets(tmp_path):
 
 def test_only_some_runs_are_asked_for():
     def labels(only):
-        return {run.label for run in reproduce.selected(plan.runs("cpu", 1), only)}
+        return {run.label for run in reproduce.selected(grid.runs("cpu", 1), only)}
 
     assert labels("Layers 3") == {"selective_copy: minGRU, layers 3", "selective_copy: minLSTM, layers 3"}
     assert labels("hopper-medium-replay") == {
-        f"decision: {model}, dataset hopper-medium-replay" for model in plan.DECISION_MODELS
+        f"decision: {model}, dataset hopper-medium-replay" for model in grid.decision.MODELS
     }
     assert "charlm: minGRU" in labels("minGRU, convention nanogpt")  # a cell of another table, filled by the same run
     assert not labels("mingru, layers 4")
-    every = {run.label for run in plan.runs("cpu", 1)}
+    every = {run.label for run in grid.runs("cpu", 1)}
     asked = {label for label in every if "walker2d" in label or "halfcheetah" in label or "learning rate" in label}
     assert labels(None) == every - asked and len(labels("walker2d")) == 3 * 6 + 1 == len(labels("halfcheetah")) + 1
-    paper = plan.runs("paper", 1)
+    paper = grid.runs("paper", 1)
     assert reproduce.selected(paper, None) == paper
 
 
@@ -465,7 +462,7 @@ def test_without_torch_and_twice_the_same(tmp_path):
     assert "table2_selective_copy_loss.png" in call("scripts.figures")
     assert "REPORT.md" in call("scripts.report")
     assert "figures/table2_selective_copy_accuracy.png" in (tmp_path / "results/REPORT.md").read_text()
-    count = len(plan.runs("paper", 1))
+    count = len(grid.runs("paper", 1))
     assert f"{count} of {count} runs done, 0 left" in call("scripts.reproduce", "--profile", "paper", "--list")
     files = sorted(path for path in (tmp_path / "results").rglob("*") if path.is_file() and "runs" not in path.parts)
     before = {path: path.read_bytes() for path in files}
@@ -518,7 +515,7 @@ class World:
 
     def __init__(self, folder):
         self.folder = folder
-        self.runs = [run for run in plan.runs("smoke", 1) if run.experiment == "selective_copy"][:8]
+        self.runs = [run for run in grid.runs("smoke", 1) if run.experiment == "selective_copy"][:8]
         for run in self.runs:
             records.write_json(folder / f"{run.run_id}.json", make_record(run, 0.5))
         (folder / "stub.py").write_text(STUB)
@@ -537,7 +534,7 @@ class World:
                 behaviour,
             ]
 
-        return reproduce.Planner(
+        return processes.Planner(
             self.runs, str(self.folder / "results"), str(self.folder / "outputs"), command, **settings
         )
 
@@ -628,7 +625,7 @@ def test_two_planners_at_once_do_every_run_exactly_once(world):
 
 def test_a_run_that_another_process_has_is_come_back_to(world, monkeypatch):
     """First it is claimed; then its process dies without a record, and the run is free again."""
-    monkeypatch.setattr(reproduce, "LOOK", 0.1)
+    monkeypatch.setattr(processes, "LOOK", 0.1)
     first = world.runs[0]
     holder = files.claim(records.record_path(world.folder / "results", first.experiment, first.run_id).parent)
     assert holder.__enter__()
@@ -652,8 +649,8 @@ def test_told_to_stop_it_lets_its_runs_stop_and_the_next_call_goes_on(world):
 
 
 def test_the_budget_is_passed_on_and_ends_it(world, monkeypatch):
-    monkeypatch.setattr(reproduce, "LEAST", 0.5)
-    monkeypatch.setattr(reproduce, "GRACE", 0.1)
+    monkeypatch.setattr(processes, "LEAST", 0.5)
+    monkeypatch.setattr(processes, "GRACE", 0.1)
     planner = world.planner(behaviours={world.runs[2].label: "wait"}, budget=3)
     began = time.monotonic()
     planner.go()
@@ -665,22 +662,22 @@ def test_the_budget_is_passed_on_and_ends_it(world, monkeypatch):
 
 
 def test_a_run_that_always_stops_early_is_given_up(world, monkeypatch, capsys):
-    monkeypatch.setattr(reproduce, "LOOK", 0.0)
+    monkeypatch.setattr(processes, "LOOK", 0.0)
     planner = world.planner()
     planner.runs = world.runs[:1]
     planner.command = lambda run, seconds: [sys.executable, "-S", "-c", "raise SystemExit(75)"]
     planner.go()
-    assert planner.tries[world.runs[0].run_id] == reproduce.TRIES and planner.left() == world.runs[:1]
+    assert planner.tries[world.runs[0].run_id] == processes.TRIES and planner.left() == world.runs[:1]
     assert "it stopped 3 times before its end" in capsys.readouterr().out
 
 
 def test_time_left_is_foretold_from_records(world, monkeypatch):
-    monkeypatch.setattr(reproduce, "has_gpu", lambda: False)
+    monkeypatch.setattr(agenda, "has_gpu", lambda: False)
     planner = world.planner(workers=2)
     assert planner.seconds_left() is None
     put(world.folder / "results", make_record(world.runs[0], 0.5))  # 100 s
     assert world.planner(workers=2).seconds_left() == pytest.approx(7 * 100 / 2)
-    monkeypatch.setattr(reproduce, "has_gpu", lambda: True)  # another machine's times tell nothing
+    monkeypatch.setattr(agenda, "has_gpu", lambda: True)  # another machine's times tell nothing
     assert world.planner(workers=2).seconds_left() is None
 
 
@@ -703,7 +700,7 @@ def test_unusable_input_is_named(arguments, said, monkeypatch, capsys):
 
 
 def test_overrides_must_leave_the_runs_what_they_are():
-    run = plan.runs("smoke", 1)[0]
+    run = grid.runs("smoke", 1)[0]
     reproduce.check(run, ["threads=1", "wandb.mode=online", "micro_batches=2"])
     for wrong, said in (("train.steps=5", "change no result"), ("trian.steps=5", "trian")):
         with pytest.raises(SystemExit, match=said):
@@ -711,8 +708,8 @@ def test_overrides_must_leave_the_runs_what_they_are():
 
 
 def test_times_are_read_and_said():
-    assert [reproduce.seconds(text) for text in ("90s", "20m", "1.5h")] == [90, 1200, 5400]
-    assert [reproduce.duration(s) for s in (90.4, 1200, 9000)] == ["90 s", "20 min", "2.5 h"]
+    assert [seconds(text) for text in ("90s", "20m", "1.5h")] == [90, 1200, 5400]
+    assert [duration(s) for s in (90.4, 1200, 9000)] == ["90 s", "20 min", "2.5 h"]
 
 
 # -- one command is one cell
@@ -720,12 +717,12 @@ def test_times_are_read_and_said():
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_command_that_the_report_prints_gives_its_run(tmp_path, profile):
-    for run in plan.runs(profile, 2):
+    for run in grid.runs(profile, 2):
         put(tmp_path, make_record(run, 0.5))
     report.write_all(tmp_path)
     text = (tmp_path / ("REPORT_smoke.md" if profile == "smoke" else "REPORT.md")).read_text()
     lines = re.findall(r"^- .*?: `python -m experiments\.(\w+) (.*?) seed=(\d+)`: (.*)$", text, re.MULTILINE)
-    assert len(lines) == sum(profile in cell.profiles for cell in plan.CELLS)
+    assert len(lines) == sum(profile in cell.profiles for cell in grid.CELLS)
     for experiment, settings, seed, links in lines:
         config = compose(experiment, [*shlex.split(settings), f"seed={seed}"])
         assert f"[{run_id(config)}](runs/{experiment}/{run_id(config)}/record.json) (seed {seed}, done)" in links
@@ -742,22 +739,22 @@ def test_every_committed_record_is_what_its_folder_and_its_settings_say():
 
 def test_the_finalists_of_each_row_are_the_two_best_rates_of_those_tried():
     """In profile cpu, by the committed records."""
-    entries = tables.entries("selective_copy_learning_rate", "cpu", tables.load(ROOT / "results"), {})
-    for row, finalists in plan.FINALISTS.items():
+    entries = cells.entries("selective_copy_learning_rate", "cpu", cells.load(ROOT / "results"), {})
+    for row, finalists in grid.selective_copy.FINALISTS.items():
         mine = sorted((e for e in entries if e.cell.row == row), key=lambda e: -e.mean("best"))
         assert tuple(e.cell.column for e in mine[:2]) == finalists, row
 
 
-@pytest.mark.parametrize("table", ["charlm_learning_rate", plan.FINAL, "decision_learning_rate"])
+@pytest.mark.parametrize("table", ["charlm_learning_rate", grid.selective_copy.FINAL, "decision_learning_rate"])
 def test_the_learning_rate_of_each_row_is_the_best_of_those_tried(table):
     """In profile cpu, by the committed records."""
-    entries = tables.entries(table, "cpu", tables.load(ROOT / "results"), {})
+    entries = cells.entries(table, "cpu", cells.load(ROOT / "results"), {})
     for row in dict.fromkeys(entry.cell.row for entry in entries):
         mine = [entry for entry in entries if entry.cell.row == row]
         assert all(entry.done for entry in mine), f"{table}: {row} was not tried at each rate"
         settings = [s for s in mine[0].cell.settings("cpu") if not s.startswith("train.")]
         used = compose(mine[0].cell.experiment, settings)["train"]["learning_rate"]
-        assert used == float(report.best_rate(mine)), f"{table}: {row} has {used}"
+        assert used == float(findings.best_rate(mine)), f"{table}: {row} has {used}"
 
 
 # -- records of schema 1
@@ -773,10 +770,10 @@ def test_records_of_schema_1_are_renamed_and_keep_their_numbers(tmp_path):
             old["config"][section][former[f"{section}.{name}"].partition(".")[2]] = old["config"][section].pop(name)
     put(tmp_path, old)
     with pytest.raises(records.RecordError, match="expected schema_version 2, got 1; `python -m scripts.migrate`"):
-        tables.load(tmp_path)
+        cells.load(tmp_path)
     (line,) = migrate.migrate(tmp_path)
     assert line.endswith(f"now {run.run_id}") and list(migrate.migrate(tmp_path)) == []
-    assert tables.load(tmp_path) == {run.run_id: new}
+    assert cells.load(tmp_path) == {run.run_id: new}
     gone = make_record(find("cpu", "No gate S4")[0], 0.9) | {"schema_version": 1}
     put(tmp_path, gone)
     (line,) = migrate.migrate(tmp_path)
@@ -787,9 +784,9 @@ def test_records_of_schema_1_are_renamed_and_keep_their_numbers(tmp_path):
 
 
 def test_verdicts_follow_the_rule():
-    accuracy, loss = plan.METRICS["test_accuracy_percent"], plan.METRICS["val_loss_nats"]
-    high, low = tables.Published(99.5, 0.2, True, "x"), tables.Published(1.548, None, True, "x")
-    unconfirmed = tables.Published(99.5, 0.2, False, "x")
+    accuracy, loss = grid.METRICS["test_accuracy_percent"], grid.METRICS["val_loss_nats"]
+    high, low = cells.Published(99.5, 0.2, True, "x"), cells.Published(1.548, None, True, "x")
+    unconfirmed = cells.Published(99.5, 0.2, False, "x")
     for expected, *arguments in (
         ("not yet run", None, None, high, True, accuracy),
         ("not at this scale", 99.9, 0.1, high, False, accuracy),
@@ -833,9 +830,9 @@ def test_the_mean_over_d4rl_waits_for_all_datasets_and_gets_no_verdict_from_unco
     def line():
         return next(row for row in summary.reproduction(tmp_path).splitlines() if row.startswith(f"| {claim}"))
 
-    for i, dataset in enumerate(plan.DATASETS):
+    for i, dataset in enumerate(grid.decision.DATASETS):
         assert "not yet run" in line() and "†" in line()
-        for run in plan.runs("paper", 2):
+        for run in grid.runs("paper", 2):
             if any(c.table == "table3_d4rl" and (c.row, c.column) == ("minGRU", dataset) for c in run.cells):
                 put(tmp_path, make_record(run, 0.1 * (i + 1)))
     assert "50.0 ± 0.0 % of an expert" in line() and "`paper`, n = 2" in line() and "none (†)" in line()

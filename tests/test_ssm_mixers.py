@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minrnn.mixers import make, s6
+from minrnn.mixers import QRNN, SRU, MinGRUMixer, MinLSTMMixer, make, s6
 from minrnn.mixers.base import Mixer, state_map
 from minrnn.mixers.hyena import Hyena
 from minrnn.mixers.s4 import S4D, ShiftSSM
@@ -53,6 +53,14 @@ RECURRENT = {
     "shift": partial(ShiftSSM, DIM, 9),
     "mamba_leaky": partial(Mamba, DIM, Leaky, expand=3),
     "mamba_s6": partial(Mamba, DIM, partial(S6, state_size=4)),
+    "qrnn": partial(QRNN, DIM, expansion=1.5),
+    "qrnn_1": partial(QRNN, DIM, window=1),
+    "qrnn_5": partial(QRNN, DIM, window=5),
+    "sru": partial(SRU, DIM),
+    "sru_wide": partial(SRU, DIM, expansion=1.5),
+    "mingru_mlp": partial(MinGRUMixer, DIM, 1.5, gate_layers=2),
+    "minlstm_mlp": partial(MinLSTMMixer, DIM, 1.5, gate_layers=2),
+    "minlstm_mlp_unnormalized": partial(MinLSTMMixer, DIM, 1.5, normalize_gates=False, gate_layers=2),
 }
 HYENA = {
     "hyena": partial(Hyena, DIM, max_len=40),
@@ -272,7 +280,7 @@ def as_real(x):
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-@pytest.mark.parametrize("kind", ["mamba_s6", "h3_s6", "ungated_s4d"])
+@pytest.mark.parametrize("kind", ["mamba_s6", "h3_s6", "ungated_s4d", "qrnn_5", "sru", "minlstm_mlp"])
 def test_gradients_through_chunks(kind):
     layer = varied(RECURRENT[kind]()).double()
     x = torch.randn(2, 11, DIM).double().requires_grad_()
@@ -470,6 +478,49 @@ def test_mamba_parameter_count(dim):
     assert sum(p.numel() for p in block.parameters()) == expected
 
 
+def test_recurrent_mixers_have_their_parameters():
+    D, H = 8, 24
+    out, initial = H * D + D, H
+    counts = {
+        QRNN(D, 3, window=5): 3 * (5 * D * H + H) + out,
+        SRU(D): 3 * D * D + 4 * D + D * D + D,
+        SRU(D, 3): 4 * D * H + 4 * H + out,
+        MinGRUMixer(D, 3): 2 * (D * H + H) + initial + out,
+        MinGRUMixer(D, 3, gate_layers=2): 2 * (D * H + H) + H * H + H + initial + out,
+        MinLSTMMixer(D, 3, gate_layers=2): 2 * (D * H + H) + 2 * (H * H + H) + initial + out,
+    }
+    for layer, expected in counts.items():
+        assert sum(p.numel() for p in layer.parameters()) == expected, layer
+    names = ["initial", "rnn.weight_ih_l0", "rnn.bias_ih_l0", "out.weight", "out.bias"]
+    assert [name for name, _ in MinGRUMixer(D).named_parameters()] == names
+    gates = {f"rnn.{layer}.{kind}" for layer in ("fc", "gates") for kind in ("weight", "bias")}
+    layer = MinGRUMixer(D, gate_layers=2)
+    assert {name for name, p in layer.named_parameters() if getattr(p, "is_gate", False)} == gates
+
+
+def test_sru_starts_as_published():
+    """The variances of the authors' package, sru 2.6.0; v and the gates' weights share that of a gate."""
+    layer = SRU(400, 2)
+    candidate, f, r, carried = layer.in_proj.weight.split(800)
+    for part, variance in ((candidate, 1), (f, 1 / 2), (r, 1 / 2), (carried, 3)):
+        assert part.var().item() * 400 == pytest.approx(variance, rel=0.02)
+        assert part.abs().max().item() == pytest.approx((3 * variance / 400) ** 0.5, rel=0.01)
+    assert layer.v.var().item() == pytest.approx(0.5, rel=0.1) and not layer.bias.any()
+
+
+def test_recurrent_mixers_errors():
+    with pytest.raises(ValueError, match="window: expected a positive int, got 0"):
+        QRNN(DIM, window=0)
+    for kind in (QRNN, SRU):
+        with pytest.raises(ValueError, match="expansion: expected expansion . dim to be a whole number"):
+            kind(DIM, 0.3)
+    for kind in (MinGRUMixer, MinLSTMMixer):
+        with pytest.raises(ValueError, match="gate_layers: expected 1 or 2, got 3"):
+            kind(DIM, gate_layers=3)
+    with pytest.raises(ValueError, match="forget_bias: expected 0 where gate_layers=2, got 3"):
+        MinLSTMMixer(DIM, forget_bias=3, gate_layers=2)
+
+
 @pytest.mark.parametrize("kind", RECURRENT | HYENA)
 def test_autocast(kind):
     """Linear layers in bfloat16; recurrences and FFTs stay in float32."""
@@ -487,7 +538,7 @@ def test_autocast(kind):
                 assert_close(torch.stack(y, 1), exact, 3e-2)
 
 
-@pytest.mark.parametrize("kind", ["s6", "conv", "hyena"])
+@pytest.mark.parametrize("kind", ["s6", "conv", "hyena", "qrnn", "sru", "mingru_mlp"])
 def test_any_layout(kind):
     layer = (RECURRENT | HYENA)[kind]()
     x = torch.randn(2, 9, DIM)

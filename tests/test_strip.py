@@ -197,7 +197,7 @@ def test_what_is_missing_is_said(trained, arguments, tmp_path, monkeypatch):
         ("frames=0", "frames: expected 1 to 100, got 0"),
         ("seed=-1", "seed: expected 0 to 1073741823, got -1"),
         ("every=-1", "every: expected 0 to 1000, got -1"),
-        ("target=nan", "target: expected a finite score, got nan"),
+        ("target=nan", "target: expected a finite number, got nan"),
         ("path=a.jpeg", "path: expected a name that ends in .png, .pdf or .svg, got 'a.jpeg'"),
     ),
 )

@@ -260,7 +260,7 @@ COMPILED = [
     *(("mingru_g", dtype, False, False) for dtype in ("float32", "float16", "bfloat16")),
     *(("mingru_g", dtype, True, True) for dtype in ("float32", "bfloat16")),
     *((cell, "float32", True, True) for cell in ("linear", "minlstm_g", "minlstm_unnormalized_g")),
-    *((cell, "float32", False, False) for cell in CELLS if cell.endswith("_identity")),
+    *((cell, "float32", False, False) for cell in CELLS if cell.endswith(("_identity", "_signed_g"))),
     ("minlstm_g", "float64", True, True),
 ]  # fmt: skip
 ARCHITECTURES = (75, 80, 90)

@@ -9,39 +9,26 @@ Without `run` the weights are those that come with the repository, of `model` (r
 import dataclasses
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from .. import files
-from ..launch import settings_of
+from ..launch import command, settings_of
 from . import model, read, sample, whole_loss
 
 
 @dataclass
-class Settings:
-    run: str = ""
-    model: str = "mingru"  # of the weights that come with the repository, where there is no run
-    weights: str = "best"  # or last, of a run
+class Settings(sample.Choice):
     path: str = ""  # of the text, where it is not found by itself
-    results_dir: str = "results"
-    output_dir: str = "outputs"
-    device: str = "cpu"
-
-    def __post_init__(self):
-        sample.check(self)
 
 
-parse = partial(settings_of, Settings)
+parse = partial(settings_of, Settings, __doc__)
 
 
 def main(arguments: list[str]) -> None:
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__, *(f"    {f.name}={f.default!r}" for f in fields(Settings)), sep="\n")
-        return
     settings = parse(arguments)
-    found = sample.find(settings)
+    found = settings.chosen()
     cfg = found.cfg
     if settings.path:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=settings.path))
@@ -61,9 +48,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, files.Refusal) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command(main, sys.argv[1:], refusals=(ValueError,))

@@ -6,15 +6,15 @@
 Without `run` the weights are those that come with the repository, of `model` (results/weights/charlm-*).
 The prompt is read in parallel, then one character follows another: a recurrent model carries its state (and its
 convolution's window), of the same size however long the text gets; a Transformer keeps keys and values, and when its
-learned positions are used up it reads the later half of them again, at the first positions.
+learned positions are used up it reads the later half of them again, at the first positions. --stats adds how fast it
+was and how large the state.
 """
 
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,24 +22,36 @@ from torch import Tensor
 from minrnn.mixers.base import state_map
 from minrnn.models import TokenModel
 
-from .. import files, trained
-from ..launch import settings_of
+from .. import trained
+from ..config import one_of
+from ..launch import command, settings_of
 from . import model
 
 
 @dataclass
-class Settings:
-    run: str = ""
-    model: str = "mingru"  # of the weights that come with the repository, where there is no run
+class Choice(trained.Choice):
+    weights: str = "best"  # or last, of a run
+    device: str = "cpu"
+
+    def __post_init__(self):
+        one_of(self, "", "weights", ("best", "last"))
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            text = str(error).splitlines()[0]
+            raise ValueError(f"device: {self.device!r} cannot be used here ({text})") from None
+
+    def chosen(self) -> trained.Trained:
+        return self.find("charlm", self.weights, self.device)
+
+
+@dataclass
+class Settings(Choice):
     prompt: str = ""  # empty: a line end, or the first of the text's characters where it has none
     tokens: int = 500
     temperature: float = 0.8  # 0 takes the likeliest
     top_k: int = 0  # choose among so many; 0: all
     seed: int = 0
-    weights: str = "best"  # or last, of a run
-    results_dir: str = "results"
-    output_dir: str = "outputs"
-    device: str = "cpu"
 
     def __post_init__(self):
         if self.tokens < 1 or not self.temperature >= 0 or self.top_k < 0:
@@ -47,36 +59,17 @@ class Settings:
                 "expected tokens >= 1, temperature >= 0 and top_k >= 0, "
                 f"got {self.tokens}, {self.temperature} and {self.top_k}"
             )
-        check(self)
+        super().__post_init__()
 
 
-def check(settings: Any) -> None:
-    """Of `weights` and `device`."""
-    if settings.weights not in ("best", "last"):
-        raise ValueError(f"weights: expected 'best' or 'last', got {settings.weights!r}")
-    try:
-        torch.zeros(1, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {settings.device!r} cannot be used here ({str(error).splitlines()[0]})") from None
-
-
-parse = partial(settings_of, Settings)
+parse = partial(settings_of, Settings, __doc__)
 
 
 def load(settings: Settings) -> tuple[TokenModel, str]:
     """The model and its vocabulary."""
-    found = find(settings)
+    found = settings.chosen()
     vocabulary = found.facts["vocabulary"]
     return found.fill(model(found.cfg, len(vocabulary)).to(settings.device)), vocabulary
-
-
-def find(settings: Any) -> trained.Trained:
-    """What `run` or `model` names, of any settings that have these."""
-    if settings.run:
-        return trained.of_run(
-            "charlm", settings.run, settings.weights, settings.results_dir, settings.output_dir, settings.device
-        )
-    return trained.shipped("charlm", settings.model, settings.results_dir, settings.device)
 
 
 @torch.inference_mode()
@@ -119,9 +112,6 @@ def state_bytes(state: object) -> int:
 
 
 def main(arguments: list[str]) -> None:
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__, *(f"    {f.name}={f.default!r}" for f in fields(Settings)), "    --stats", sep="\n")
-        return
     stats = "--stats" in arguments
     settings = parse([argument for argument in arguments if argument != "--stats"])
     torch.set_num_threads(1)  # one token's matrices are too small to share
@@ -148,9 +138,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, files.Refusal) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command(main, sys.argv[1:], refusals=(ValueError,))

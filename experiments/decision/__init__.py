@@ -42,6 +42,7 @@ from minrnn.models import DecisionModel
 from .. import engine
 from ..config import Decision
 from ..seeds import eval_seed, train_seed
+from ..trained import Trained
 from . import data
 from .episodes import rollout
 
@@ -103,6 +104,18 @@ def model(cfg: Decision, state_dim: int, act_dim: int) -> DecisionModel:
         state_dim, act_dim, mixer=make(**cfg.model.mixer(cfg.data.context_length * cfg.data.tokens)),
         max_ep_len=data.MAX_EP_LEN, tokens=cfg.data.tokens, timestep_std=cfg.data.timestep_std, **cfg.model.decision(),
     )  # fmt: skip
+
+
+def normalization(found: Trained) -> dict[str, list[float]]:
+    """Of a policy's inputs, by the set that it was trained on. Raises ValueError: what is here is another."""
+    name, expected = found.cfg.data.dataset, found.facts["dataset_sha256"]
+    dataset = data.read(data.find(name), name)
+    if dataset.sha256 != expected:
+        raise ValueError(
+            f"data.dataset: {found.file} was trained on another {name}: expected sha256 {expected}, "
+            f"got {dataset.sha256}"
+        )
+    return {"state_mean": dataset.mean.tolist(), "state_std": dataset.std.tolist()}
 
 
 def task(cfg: Decision, device: torch.device) -> engine.Task:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import gymnasium
+import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -111,12 +112,27 @@ class Window:
         self.past = tuple(x[episodes] for x in self.past)
 
 
+def make(env_id: str) -> gymnasium.Env:
+    """Of version 4, D4RL's physics, which version 5 changed; without the warnings that come of it."""
+
+    def warn(text: str) -> None:
+        if "settotalmass" not in text:  # in gymnasium's HalfCheetah; MuJoCo 4 says so of each, and writes a file of it
+            warnings.warn(text, stacklevel=2)
+
+    previous = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(warn)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
+            return gymnasium.make(env_id, max_episode_steps=MAX_EP_LEN, disable_env_checker=True)
+    finally:
+        mujoco.set_mju_user_warning(previous)
+
+
 @contextlib.contextmanager
 def _environments(env_id: str, n: int) -> Iterator[list[gymnasium.Env]]:
     # Not gymnasium's vector environments: those go on with episodes that have ended.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # v4 on purpose: D4RL's physics, which v5 changed
-        envs = [gymnasium.make(env_id, max_episode_steps=MAX_EP_LEN, disable_env_checker=True) for _ in range(n)]
+    envs = [make(env_id) for _ in range(n)]
     try:
         yield envs
     finally:

@@ -10,7 +10,7 @@ Each shows MuJoCo's capsules from the side, where they are, under it the step an
 
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from minrnn.models import DecisionModel
 
-from .. import files, trained
-from ..config import Decision
-from ..launch import settings_of
+from .. import trained
+from ..config import Decision, between
+from ..launch import command, settings_of
 from ..seeds import QUARTER, eval_seed
-from . import data, model
+from . import data, model, normalization
 from .episodes import rollout
 
 WIDTH, METRE, NARROWEST = 14, 1.2, 0.5  # inches: of a strip, of a metre at most, of a frame at least
@@ -36,28 +36,22 @@ ROUND = np.linspace(-math.pi / 2, math.pi / 2, 16)  # half a circle
 
 
 @dataclass
-class Settings:
-    run: str = ""
-    model: str = "mingru"  # of the policy that comes with the repository, where there is no run
+class Settings(trained.Choice):
     target: float = 80  # the score that is asked for
     seed: int = 0  # of the episode's beginning, among those of the test episodes
     frames: int = 12
     every: int = 0  # steps from frame to frame; 0: so many that the frames span the episode
     path: str = "strip.png"
-    results_dir: str = "results"
-    output_dir: str = "outputs"
 
     def __post_init__(self):
-        if not math.isfinite(self.target):
-            raise ValueError(f"target: expected a finite score, got {self.target}")
+        between(self, "", None, None, "target")
         for key, low, high in (("seed", 0, QUARTER - 1), ("frames", 1, 100), ("every", 0, data.MAX_EP_LEN)):
-            if not low <= getattr(self, key) <= high:
-                raise ValueError(f"{key}: expected {low} to {high}, got {getattr(self, key)}")
+            between(self, "", low, high, key)
         if Path(self.path).suffix not in (".png", ".pdf", ".svg"):
             raise ValueError(f"path: expected a name that ends in .png, .pdf or .svg, got {self.path!r}")
 
 
-parse = partial(settings_of, Settings)
+parse = partial(settings_of, Settings, __doc__)
 
 
 @dataclass
@@ -78,21 +72,11 @@ class Policy:
 
 def load(settings: Settings) -> Policy:
     """The one that `run`, its last weights, or `model` names."""
-    if settings.run:
-        found = trained.of_run("decision", settings.run, "last", settings.results_dir, settings.output_dir)
-        name = found.cfg.data.dataset
-        dataset = data.read(data.find(name), name)
-        if dataset.sha256 != found.facts["dataset_sha256"]:  # the policy's inputs are normalised by it
-            raise ValueError(
-                f"data.dataset: {settings.run} was trained on another {name}: expected sha256 "
-                f"{found.facts['dataset_sha256']}, got {dataset.sha256}"
-            )
-        mean, std = dataset.mean, dataset.std
-    else:
-        found = trained.shipped("decision", settings.model, settings.results_dir)
-        mean, std = found.facts["state_mean"], found.facts["state_std"]
+    found = settings.find("decision", "last")
+    facts = found.facts if "state_mean" in found.facts else normalization(found)
     sizes = data.ENVIRONMENTS[data.split_name(found.cfg.data.dataset)[1]].sizes
-    return Policy(found.cfg, found.fill(model(found.cfg, *sizes)), torch.as_tensor(mean), torch.as_tensor(std))
+    mean, std = (torch.as_tensor(facts[key]) for key in ("state_mean", "state_std"))
+    return Policy(found.cfg, found.fill(model(found.cfg, *sizes)), mean, std)
 
 
 def play(settings: Settings, policy: Policy) -> tuple[Any, np.ndarray, float]:
@@ -180,9 +164,6 @@ def figure(simulated: mujoco.MjModel, positions: np.ndarray, steps: np.ndarray, 
 
 
 def main(arguments: list[str]) -> None:
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__, *(f"    {f.name}={f.default!r}" for f in fields(Settings)), sep="\n")
-        return
     settings = parse(arguments)
     torch.set_num_threads(1)  # one episode's matrices are too small to share
     policy = load(settings)
@@ -197,7 +178,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, files.Refusal, OSError) as error:
-        sys.exit(f"error: {error}")
+    command(main, sys.argv[1:], refusals=(ValueError, OSError))

@@ -65,24 +65,10 @@ def run(cfg: Efficiency) -> str:
         if not mine:
             print(f"efficiency {name}: another process is at it (it holds {path.parent / '.lock'})", flush=True)
             return "busy"
-        began = time.time()
         folder = records.work_dir(cfg.output_dir, cfg.experiment, name)
-        record = {
-            "schema_version": records.SCHEMA_VERSION,
-            "run_id": name,
-            "experiment": cfg.experiment,
-            "profile": cfg.profile,
-            "config": config,
-            "seed": cfg.seed,
-            "status": "done",
-            "reason": None,
-            "git": machine.commit("minrnn", "experiments", "configs"),
-            "versions": machine.versions(*PACKAGES),
-            "hardware": machine.hardware(device.type),
-            "started": began,
-        }
+        made_with = machine.made_with(device.type, *PACKAGES)
+        record = records.header(config, **made_with) | {"status": "done", "reason": None}
         with processes.stop_signals() as stop:
-            made_with = {key: record[key] for key in ("git", "versions", "hardware")}
             found = measure(cfg, device, Kept(folder, made_with), lambda: _why_stop(cfg, stop))
         if isinstance(found, str):
             print(f"efficiency {name}: {found}; the same command goes on from there", flush=True)

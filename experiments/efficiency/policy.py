@@ -6,7 +6,6 @@ what the whole window gives; one that is wrong stops the measurement.
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -162,10 +161,9 @@ def windowed(net: DecisionModel, episodes: int) -> Policy:
 
 def hop(act: Policy, episodes: int) -> list[float]:
     """Seconds of each step of so many Hoppers, the policy's part included."""
-    import gymnasium
+    from ..decision.episodes import make  # brings gymnasium
 
-    warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
-    envs = [gymnasium.make("Hopper-v4", disable_env_checker=True) for _ in range(episodes)]
+    envs = [make("Hopper-v4") for _ in range(episodes)]
     states, taken = np.stack([env.reset(seed=i)[0] for i, env in enumerate(envs)]), []
     for t in range(STEPS):
         begin = time.perf_counter()

@@ -1,6 +1,6 @@
-"""Long Range Arena: Tables 5 and 6 of arXiv 2410.01201. `python -m experiments.lra data.task=listops model=minlstm`
+"""Long Range Arena: Tables 5 and 6 of arXiv 2410.01201. `python -m experiments.lra task=listops model=minlstm`
 
-A sequence is to be classified; what a model says is read at its last step (`minrnn.models.ClassifierModel`).
+A sequence is to be classified, from the mean of what a model makes of its steps (`minrnn.models.ClassifierModel`).
 
     listops      the value of an expression of digits and operators, 10 classes
     image        what a picture shows, read pixel by pixel, 10 classes: CIFAR-10 in grey, or local/digits

@@ -9,19 +9,21 @@ from .aaren import Aaren
 from .attention import Attention
 from .base import Mixer
 from .hyena import Hyena
+from .qrnn import QRNN
 from .recurrent import GRUMixer, LSTMMixer, MinGRUMixer, MinLSTMMixer
 from .s4 import S4, S4D, ShiftSSM
 from .s6 import S6
+from .sru import SRU
 from .wrappings import H3, HyenaOperator, Mamba, Ungated
 
 __all__ = [
     "Aaren", "Attention", "GRUMixer", "H3", "Hyena", "HyenaOperator", "LSTMMixer", "Mamba", "MinGRUMixer",
-    "MinLSTMMixer", "Mixer", "S4", "S4D", "S6", "ShiftSSM", "Ungated", "make",
+    "MinLSTMMixer", "Mixer", "QRNN", "S4", "S4D", "S6", "SRU", "ShiftSSM", "Ungated", "make",
 ]  # fmt: skip
 
 MIXERS = {
     "mingru": MinGRUMixer, "minlstm": MinLSTMMixer, "gru": GRUMixer, "lstm": LSTMMixer, "attention": Attention,
-    "aaren": Aaren,
+    "aaren": Aaren, "qrnn": QRNN, "sru": SRU,
 }  # fmt: skip
 INNER = {"s4": S4, "s4d": S4D, "s6": S6, "hyena": Hyena}
 WRAPPINGS = {"none": Ungated, "h3": H3, "mamba": Mamba}
@@ -31,8 +33,8 @@ def make(name: str, **settings: Any) -> Callable[[int], Mixer]:
     """What makes the named mixer for a width.
 
     Args:
-        name: mingru, minlstm, gru, lstm, attention, aaren, or ssm: an `inner` layer (s4, s4d, s6, hyena) in a
-            `wrapping` (none, h3, mamba), the grid of the Mamba paper's Table 1. As published, S4 in h3 is S4D-Lin,
+        name: mingru, minlstm, gru, lstm, attention, aaren, qrnn, sru, or ssm: an `inner` layer (s4, s4d, s6, hyena) in
+            a `wrapping` (none, h3, mamba), the grid of the Mamba paper's Table 1. As published, S4 in h3 is S4D-Lin,
             bilinear, and Hyena in h3 is Hyena's own operator.
         settings: the mixer's own arguments; None means its default.
     """

@@ -1,8 +1,15 @@
 """Recurrent networks as mixers: an RNN of `expansion * dim` units, then a projection back to `dim`."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import mingru_scan, minlstm_scan
+from ..ops.scan import Backend
 from ..rnn import MinGRU, MinLSTM
 from .base import Mixer, State, like
 
@@ -20,6 +27,33 @@ def g(x: Tensor) -> Tensor:
     return torch.where(x >= 0, x + 0.5, torch.sigmoid(x))
 
 
+class _TwoLayerGates(nn.Module):
+    """What `_MinRNNMixer` asks of minGRU or minLSTM, with gates of two layers: Linear(GELU(Linear(x))).
+
+    Between them are as many units as the state has. The candidate stays a Linear of x. Nobody has published it.
+
+    Args:
+        gates: how many, 1 (minGRU) or 2 (minLSTM).
+        scan: takes the gates, the candidate and h0.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, gates: int, scan: Callable[..., Tensor]):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.scan = scan
+        self.fc = nn.Linear(input_size, 2 * hidden_size)  # what GELU takes, and the candidate
+        self.gates = nn.Linear(hidden_size, gates * hidden_size)
+
+    def forward(self, x: Tensor, hx: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, candidate = self.fc(x).chunk(2, -1)
+        gates = self.gates(F.gelu(hidden)).split(self.hidden_size, -1)
+        h = self.scan(*gates, candidate, hx[0])
+        return h, h[:, -1].unsqueeze(0)
+
+    def step(self, x_t: Tensor, hx: Tensor) -> Tensor:
+        return self(x_t.unsqueeze(1), hx)[1]
+
+
 class _MinRNNMixer(Mixer):
     """minGRU or minLSTM with an initial state that is learned, and a projection.
 
@@ -27,15 +61,21 @@ class _MinRNNMixer(Mixer):
     g(p) with p ~ N(0, 1). Weights and biases of gates and candidate are marked (`is_gate`), as they do not decay there.
     """
 
-    rnn: MinGRU | MinLSTM
+    rnn: MinGRU | MinLSTM | _TwoLayerGates
 
-    def __init__(self, dim: int, expansion: float, rnn: type[nn.Module], **settings):
+    def __init__(self, dim: int, expansion: float, gate_layers: int, rnn: type[nn.Module], scan: Callable, **settings):
         super().__init__()
+        if gate_layers not in (1, 2):
+            raise ValueError(f"gate_layers: expected 1 or 2, got {gate_layers}")
         self.dim = dim
-        self.rnn = rnn(dim, units(dim, expansion), batch_first=True, **settings)
+        hidden_size = units(dim, expansion)
+        if gate_layers == 1:
+            self.rnn = rnn(dim, hidden_size, batch_first=True, **settings)
+        else:
+            self.rnn = _TwoLayerGates(dim, hidden_size, 1 if rnn is MinGRU else 2, scan)
         self.initial = nn.Parameter(torch.randn(self.rnn.hidden_size))
         self.out = nn.Linear(self.rnn.hidden_size, dim)
-        for parameter in (self.rnn.weight_ih_l0, self.rnn.bias_ih_l0):
+        for parameter in self.rnn.parameters():
             parameter.is_gate = True
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
@@ -53,20 +93,42 @@ class _MinRNNMixer(Mixer):
 
 
 class MinGRUMixer(_MinRNNMixer):
-    """minGRU (`minrnn.MinGRU`) of `expansion * dim` units with a learned initial state, and a projection to dim."""
+    """minGRU (`minrnn.MinGRU`) of `expansion * dim` units with a learned initial state, and a projection to dim.
 
-    def __init__(self, dim: int, expansion: float = 6):
-        super().__init__(dim, expansion, MinGRU)
+    With gate_layers=2 its gate is Linear(GELU(Linear(x))), as wide between as the state, which nobody has published.
+    signed and backend are the layer's.
+    """
+
+    def __init__(
+        self, dim: int, expansion: float = 6, signed: bool = False, gate_layers: int = 1, backend: Backend = "auto"
+    ):
+        settings: dict[str, Any] = {"signed": signed, "backend": backend}
+        super().__init__(dim, expansion, gate_layers, MinGRU, partial(mingru_scan, **settings), **settings)
 
 
 class MinLSTMMixer(_MinRNNMixer):
     """minLSTM (`minrnn.MinLSTM`) of `expansion * dim` units with a learned initial state, and a projection to dim.
 
     The defaults are the paper's; normalize_gates=False with forget_bias=3 is what the authors' public code does.
+    gate_layers=2 is that of `MinGRUMixer`, for both gates; it takes no forget_bias.
     """
 
-    def __init__(self, dim: int, expansion: float = 6, normalize_gates: bool = True, forget_bias: float = 0):
-        super().__init__(dim, expansion, MinLSTM, normalize_gates=normalize_gates, forget_bias=forget_bias)
+    def __init__(
+        self,
+        dim: int,
+        expansion: float = 6,
+        normalize_gates: bool = True,
+        forget_bias: float = 0,
+        signed: bool = False,
+        gate_layers: int = 1,
+        backend: Backend = "auto",
+    ):
+        if gate_layers == 2 and forget_bias:
+            raise ValueError(f"forget_bias: expected 0 where gate_layers=2, got {forget_bias}")
+        settings: dict[str, Any] = {"signed": signed, "backend": backend}
+        scan = partial(minlstm_scan, normalize=normalize_gates, **settings)
+        settings |= {"normalize_gates": normalize_gates, "forget_bias": forget_bias}
+        super().__init__(dim, expansion, gate_layers, MinLSTM, scan, **settings)
 
 
 class _TorchRNNMixer(Mixer):

@@ -6,6 +6,11 @@ stand here.
 
 Source: "Were RNNs All We Needed?", arXiv 2410.01201, sections 3.1 (minGRU), 3.2 (minLSTM) and appendix B
 (the activation g and the log-space forms).
+
+*Signed* cells have coefficients in (-1, 1), with which a linear recurrence can count modulo 2 (arXiv 2411.12537). Where
+plain ones keep a share a of the state and take a share 1 - a of the candidate, these keep a - (1 - a) = 2 a - 1 and
+take what is left, 1 - |2 a - 1|: keep at one end, replace in the middle, flip the sign at the other end. minLSTM with
+independent gates keeps 2 f - 1, and its input gate stays as it is.
 """
 
 from collections.abc import Callable
@@ -29,12 +34,14 @@ class Cell:
     kind: str  # a key of INPUTS
     activation: Activation = "identity"  # of the candidate
     normalize: bool = False  # minLSTM's gates divided by their sum
+    signed: bool = False  # a in (-1, 1) in place of (0, 1)
 
     def __post_init__(self):
         if self.activation not in ("g", "identity"):
             raise ValueError(f"activation: expected 'g' or 'identity', got {self.activation!r}")
-        if not isinstance(self.normalize, bool):
-            raise TypeError(f"normalize: expected a bool, got {type(self.normalize).__name__}")
+        for name in ("normalize", "signed"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {type(getattr(self, name)).__name__}")
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -46,7 +53,9 @@ class Cell:
         if self.kind == "linear":
             return "linear"
         independent = self.kind == "minlstm" and not self.normalize
-        return f"{self.kind}_{'unnormalized_' if independent else ''}{self.activation}"
+        return (
+            f"{self.kind}_{'unnormalized_' if independent else ''}{'signed_' if self.signed else ''}{self.activation}"
+        )
 
 
 LINEAR = Cell("linear")
@@ -54,8 +63,12 @@ CELLS = {
     cell.name: cell
     for cell in (
         LINEAR,
-        *(Cell("mingru", activation) for activation in ("g", "identity")),
-        *(Cell("minlstm", activation, normalize) for normalize in (True, False) for activation in ("g", "identity")),
+        *(
+            Cell(kind, activation, normalize, signed)
+            for signed in (False, True)
+            for kind, normalize in (("mingru", False), ("minlstm", True), ("minlstm", False))
+            for activation in ("g", "identity")
+        ),
     )
 }
 
@@ -79,15 +92,18 @@ def coefficients(
     *gates, candidate = inputs
     if cell.activation == "g":
         candidate = g(candidate)
+    if cell.kind == "minlstm" and not cell.normalize:
+        forget_gate, input_gate = gates
+        a, take = torch.sigmoid(forget_gate), torch.sigmoid(input_gate)
+        return (a - torch.sigmoid(-forget_gate) if cell.signed else a), take * candidate
     if cell.kind == "mingru":
-        (gate,) = gates
-        return torch.sigmoid(-gate), torch.sigmoid(gate) * candidate
-    forget_gate, input_gate = gates
-    if not cell.normalize:
-        return torch.sigmoid(forget_gate), torch.sigmoid(input_gate) * candidate
-    # f / (f + i) = sigmoid(log f - log i): defined also where both gates underflow.
-    balance = log_sigmoid(forget_gate) - log_sigmoid(input_gate)
-    return torch.sigmoid(balance), torch.sigmoid(-balance) * candidate
+        balance = -gates[0]
+    else:  # f / (f + i) = sigmoid(log f - log i): defined also where both gates underflow.
+        balance = log_sigmoid(gates[0]) - log_sigmoid(gates[1])
+    a, take = torch.sigmoid(balance), torch.sigmoid(-balance)
+    if cell.signed:
+        a, take = a - take, 2 * torch.minimum(a, take)
+    return a, take * candidate
 
 
 def log_coefficients(cell: Cell, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

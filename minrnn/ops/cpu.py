@@ -307,6 +307,12 @@ _MinLSTM = namedtuple("_MinLSTM", ())
 _MinLSTMIdentity = namedtuple("_MinLSTMIdentity", ())
 _MinLSTMUnnormalized = namedtuple("_MinLSTMUnnormalized", ())
 _MinLSTMUnnormalizedIdentity = namedtuple("_MinLSTMUnnormalizedIdentity", ())
+_SignedMinGRU = namedtuple("_SignedMinGRU", ())
+_SignedMinGRUIdentity = namedtuple("_SignedMinGRUIdentity", ())
+_SignedMinLSTM = namedtuple("_SignedMinLSTM", ())
+_SignedMinLSTMIdentity = namedtuple("_SignedMinLSTMIdentity", ())
+_SignedMinLSTMUnnormalized = namedtuple("_SignedMinLSTMUnnormalized", ())
+_SignedMinLSTMUnnormalizedIdentity = namedtuple("_SignedMinLSTMUnnormalizedIdentity", ())
 
 _CELLS = {
     _Linear: CELLS["linear"],
@@ -316,6 +322,12 @@ _CELLS = {
     _MinLSTMIdentity: CELLS["minlstm_identity"],
     _MinLSTMUnnormalized: CELLS["minlstm_unnormalized_g"],
     _MinLSTMUnnormalizedIdentity: CELLS["minlstm_unnormalized_identity"],
+    _SignedMinGRU: CELLS["mingru_signed_g"],
+    _SignedMinGRUIdentity: CELLS["mingru_signed_identity"],
+    _SignedMinLSTM: CELLS["minlstm_signed_g"],
+    _SignedMinLSTMIdentity: CELLS["minlstm_signed_identity"],
+    _SignedMinLSTMUnnormalized: CELLS["minlstm_unnormalized_signed_g"],
+    _SignedMinLSTMUnnormalizedIdentity: CELLS["minlstm_unnormalized_signed_identity"],
 }
 _TAGS = {cell: tag() for tag, cell in _CELLS.items()}
 
@@ -401,6 +413,18 @@ def _unnormalized_gates(forget_gate, input_gate):
     return a, take, not_forget, not_input
 
 
+@_jit
+def _signed(a, take):
+    """2 a - 1, what is left of 1 beside it, and its sign, for a + take = 1.
+
+    Of gates that share no division with the candidate, as in `_mingru_parts`: rounding may not move a from 1 to
+    1 - 6e-8, or a state that only flips its sign decays.
+    """
+    zero, one = _like(a, 0.0), _like(a, 1.0)
+    keep = a - take
+    return keep, _like(a, 2.0) * min(a, take), one if keep > zero else (-one if keep < zero else zero)
+
+
 def _coefficients(tag, gate, input_gate, candidate):
     raise NotImplementedError("compiled only")
 
@@ -412,21 +436,29 @@ def _gradients(tag, gate, input_gate, candidate, s, previous):
 @_overload(_coefficients)
 def _(tag, gate, input_gate, candidate):
     cell = _CELLS[tag.instance_class]
-    has_g = cell.activation == "g"
+    has_g, signed, normalize = cell.activation == "g", cell.signed, cell.normalize
     if cell.kind == "linear":
         return lambda tag, gate, input_gate, candidate: (gate, candidate)
     if cell.kind == "mingru":
-        parts = _mingru_parts if has_g else _mingru_identity_parts
+        parts = _mingru_parts if has_g and not signed else _mingru_identity_parts
 
         def mingru(tag, gate, input_gate, candidate):
             a, take, c = parts(gate, candidate)
+            if signed:
+                a, take, _ = _signed(a, take)
+                c = _g_of(candidate) if has_g else c
             return a, take * c
 
         return mingru
-    gates = _normalized_gates if cell.normalize else _unnormalized_gates
+    gates = _normalized_gates if normalize else _unnormalized_gates
 
     def minlstm(tag, gate, input_gate, candidate):
-        a, take, _, _ = gates(gate, input_gate)
+        a, take, not_forget, _ = gates(gate, input_gate)
+        if signed:
+            if normalize:
+                a, take, _ = _signed(a, take)
+            else:
+                a = a - not_forget
         return a, take * (_g_of(candidate) if has_g else candidate)
 
     return minlstm
@@ -435,27 +467,41 @@ def _(tag, gate, input_gate, candidate):
 @_overload(_gradients)
 def _(tag, gate, input_gate, candidate, s, previous):
     cell = _CELLS[tag.instance_class]
-    has_g = cell.activation == "g"
+    has_g, signed, normalize = cell.activation == "g", cell.signed, cell.normalize
     if cell.kind == "linear":
         return lambda tag, gate, input_gate, candidate, s, previous: (gate * s, s * previous, s, s)
     if cell.kind == "mingru":
-        parts = _mingru_parts if has_g else _mingru_identity_parts
+        parts = _mingru_parts if has_g and not signed else _mingru_identity_parts
 
         def mingru(tag, gate, input_gate, candidate, s, previous):
             a, take, c = parts(gate, candidate)
+            if signed:
+                c = _g_of(candidate) if has_g else c
+                keep, left, sign = _signed(a, take)
+                d_c = s * left
+                d_gate = _like(a, 2.0) * a * _times_difference(s * take, sign * c, previous)
+                return keep * s, d_gate, d_gate, d_c * _g_slope(candidate, c) if has_g else d_c
             d_c = s * take
             d_gate = a * _times_difference(d_c, c, previous)
             return a * s, d_gate, d_gate, d_c * _g_slope(candidate, c) if has_g else d_c
 
         return mingru
-    normalize = cell.normalize
     gates = _normalized_gates if normalize else _unnormalized_gates
 
     def minlstm(tag, gate, input_gate, candidate, s, previous):
         a, take, not_forget, not_input = gates(gate, input_gate)
         c = _g_of(candidate) if has_g else candidate
         d_c = s * take
-        if normalize:
+        if signed and normalize:
+            keep, left, sign = _signed(a, take)
+            d_balance = _like(a, 2.0) * a * _times_difference(d_c, previous, sign * c)
+            d_c = s * left
+            d_gate, d_input_gate = d_balance * not_forget, -d_balance * not_input
+            a = keep
+        elif signed:
+            d_gate, d_input_gate = _like(a, 2.0) * s * previous * a * not_forget, d_c * c * not_input
+            a = a - not_forget
+        elif normalize:
             d_balance = a * _times_difference(d_c, previous, c)
             d_gate, d_input_gate = d_balance * not_forget, -d_balance * not_input
         else:

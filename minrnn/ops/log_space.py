@@ -29,6 +29,8 @@ def scan(
         each = zip(*(x.split(lengths, 1) for x in inputs), strict=True)
         states = [None] * len(lengths) if h0 is None else h0.split(1)
         return torch.cat([scan(cell, xs, h, resets, None, reverse) for xs, h in zip(each, states, strict=True)], 1)
+    if cell.signed:
+        raise ValueError("signed: not defined in log space (its coefficients are negative too); use another backend")
     if resets is not None:
         raise ValueError("resets: not defined in log space (log 0); use another backend")
     positive = {"h0": h0} if h0 is not None else {}

@@ -51,20 +51,24 @@ def mingru_scan(
     h0: Tensor | None = None,
     *,
     activation: Activation = "g",
+    signed: bool = False,
     resets: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """minGRU: h_t = (1 - z_t) h_{t-1} + z_t c_t with z = sigmoid(gate), c = activation(candidate).
 
-    arXiv 2410.01201, section 3.1 (activation="identity") and appendix B (activation="g").
+    arXiv 2410.01201, section 3.1 (activation="identity") and appendix B (activation="g"). With signed=True
+    h_t = s_t h_{t-1} + (1 - |s_t|) c_t, s = 1 - 2 z: coefficients in (-1, 1), which a state needs to count modulo 2
+    (arXiv 2411.12537).
 
     Args:
         gate, candidate: (B, T, D) pre-activations. Two halves of one (B, T, 2D) projection are read in place.
         activation: "g" (x + 0.5 for x >= 0, else sigmoid(x)) or "identity".
+        signed: whether the state's coefficient may be negative; backend="log" has no such form.
 
     h0, resets, backend, the result and the errors are those of `linear_scan`.
     """
-    return _checked_scan(Cell("mingru", activation), (gate, candidate), h0, resets, backend)
+    return _checked_scan(Cell("mingru", activation, signed=signed), (gate, candidate), h0, resets, backend)
 
 
 def minlstm_scan(
@@ -75,21 +79,23 @@ def minlstm_scan(
     *,
     activation: Activation = "g",
     normalize: bool = True,
+    signed: bool = False,
     resets: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """minLSTM: h_t = f_t h_{t-1} + i_t c_t with c = activation(candidate).
 
     With f, i the sigmoids of the gates, normalize=True divides both by f + i (arXiv 2410.01201, section 3.2);
-    normalize=False leaves them independent, as the authors' public code does by default.
+    normalize=False leaves them independent, as the authors' public code does by default. With signed=True
+    h_t = s_t h_{t-1} + (1 - |s_t|) c_t, s = f - i, or with normalize=False h_t = (2 f_t - 1) h_{t-1} + i_t c_t.
 
     Args:
         forget_gate, input_gate, candidate: (B, T, D) pre-activations.
-        activation: "g" or "identity", as in `mingru_scan`.
+        activation, signed: as in `mingru_scan`.
 
     h0, resets, backend, the result and the errors are those of `linear_scan`.
     """
-    cell = Cell("minlstm", activation, normalize)
+    cell = Cell("minlstm", activation, normalize, signed)
     return _checked_scan(cell, (forget_gate, input_gate, candidate), h0, resets, backend)
 
 

@@ -105,27 +105,32 @@ def _normalized(forget_gate, input_gate):
 
 
 @triton.jit
-def _gates(gate, input_gate, KIND: tl.constexpr, NORMALIZE: tl.constexpr):
+def _gates(gate, input_gate, KIND: tl.constexpr, NORMALIZE: tl.constexpr, SIGNED: tl.constexpr):
     """What multiplies the state, and what multiplies the candidate."""
     if KIND == "linear":
         return gate, tl.full(gate.shape, 1.0, gate.dtype)
-    elif KIND == "mingru":
-        take, a = _sigmoids(gate)
-        return a, take
-    elif NORMALIZE:
-        return _normalized(gate, input_gate)
-    else:
-        a, _ = _sigmoids(gate)
+    elif KIND == "minlstm" and not NORMALIZE:
+        a, not_a = _sigmoids(gate)
         take, _ = _sigmoids(input_gate)
-        return a, take
+        return a - not_a if SIGNED else a, take
+    else:
+        if KIND == "mingru":
+            take, a = _sigmoids(gate)
+        else:
+            a, take = _normalized(gate, input_gate)
+        if SIGNED:
+            return a - take, 2 * tl.where(a < take, a, take)
+        else:
+            return a, take
 
 
 @triton.jit
 def _coefficients(
-    gate, input_gate, candidate, KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr
+    gate, input_gate, candidate,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     """a, b of h_t = a_t h_{t-1} + b_t, as in cells.coefficients."""
-    a, take = _gates(gate, input_gate, KIND, NORMALIZE)
+    a, take = _gates(gate, input_gate, KIND, NORMALIZE, SIGNED)
     c, _ = _activate(candidate, ACTIVATION)
     return a, take * c
 
@@ -139,24 +144,30 @@ def _times_difference(s, x, y):
 @triton.jit
 def _input_gradients(
     gate, input_gate, candidate, previous, s,
-    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of gate, input_gate (unused where there is none) and candidate, from s, the gradient of h_t."""
-    a, take = _gates(gate, input_gate, KIND, NORMALIZE)
+    a, take = _gates(gate, input_gate, KIND, NORMALIZE, False)
     c, slope = _activate(candidate, ACTIVATION)
     if KIND == "linear":
         return s * previous, s, s
-    elif KIND == "mingru":
-        grad_gate = a * take * _times_difference(s, c, previous)
-        return grad_gate, grad_gate, s * take * slope
-    else:
+    elif KIND == "minlstm" and not NORMALIZE:
         _, not_forget = _sigmoids(gate)
         _, not_input = _sigmoids(input_gate)
-        if NORMALIZE:
-            grad_balance = a * take * _times_difference(s, previous, c)
-            return grad_balance * not_forget, -grad_balance * not_input, s * take * slope
+        rate = 2.0 if SIGNED else 1.0
+        return s * previous * (rate * a * not_forget), s * c * (take * not_input), s * take * slope
+    else:
+        grad_candidate = s * take * slope
+        if SIGNED:
+            grad_candidate = s * (2 * tl.where(a < take, a, take)) * slope
+            c = tl.where(a < take, -c, tl.where(a > take, c, 0.0))
+        grad_balance = (2.0 if SIGNED else 1.0) * (a * take) * _times_difference(s, previous, c)
+        if KIND == "mingru":
+            return -grad_balance, -grad_balance, grad_candidate
         else:
-            return s * previous * (a * not_forget), s * c * (take * not_input), s * take * slope
+            _, not_forget = _sigmoids(gate)
+            _, not_input = _sigmoids(input_gate)
+            return grad_balance * not_forget, -grad_balance * not_input, grad_candidate
 
 
 @triton.jit
@@ -227,7 +238,8 @@ def _load_inputs(
 def _walk(
     gate, input_gate, candidate, resets, out, h, start, stop, lanes,
     gate_t, input_gate_t, candidate_t, resets_t, out_t,
-    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, ADJOINT: tl.constexpr, STEPS: tl.constexpr,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, SIGNED: tl.constexpr,
+    ADJOINT: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """From state h (1, BLOCK_D) through the steps start..stop: the state after them and the product of their a's.
 
@@ -250,7 +262,7 @@ def _walk(
         gate_tile, input_gate_tile = gate_tile.to(h.dtype), input_gate_tile.to(h.dtype)
         candidate_tile = candidate_tile.to(h.dtype)
         if ADJOINT:
-            a, _ = _gates(gate_tile, input_gate_tile, KIND, NORMALIZE)
+            a, _ = _gates(gate_tile, input_gate_tile, KIND, NORMALIZE, SIGNED)
             s = tl.where(rows == 0, candidate_tile + h, candidate_tile)
             products, states, a, reset = tl.associative_scan(
                 (tl.full(a.shape, 1.0, h.dtype), s, a, reset), 0, _then_gradient
@@ -258,7 +270,7 @@ def _walk(
             products = tl.where(reset, 0.0, a * products)
             states = tl.where(reset, 0.0, a * states)
         else:
-            a, b = _coefficients(gate_tile, input_gate_tile, candidate_tile, KIND, ACTIVATION, NORMALIZE)
+            a, b = _coefficients(gate_tile, input_gate_tile, candidate_tile, KIND, ACTIVATION, NORMALIZE, SIGNED)
             b = tl.where(reset, a * 0 + b, b)  # what the loop computes: NaN where a is not finite
             a = tl.where(reset, 0.0, a)
             b = tl.where((rows == 0) & (reset == 0), a * h + b, b)
@@ -289,7 +301,7 @@ def _scan_kernel(
     candidate_b: tl.int64, candidate_t: tl.int64,
     resets_b: tl.int64, resets_t: tl.int64, resets_d: tl.int64, initial_b: tl.int64, initial_c: tl.int64,
     out_b: tl.int64, out_t: tl.int64,
-    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, ADJOINT: tl.constexpr,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, SIGNED: tl.constexpr, ADJOINT: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """States of one chunk. Without `out` its summary: the product of its a's and its end, both (B, chunks, D)."""
@@ -312,7 +324,7 @@ def _scan_kernel(
         None if resets is None else resets + b * resets_b + first * resets_t + _nothing(d, resets_d),
         None if out is None else out + b * out_b + first * out_t + d,
         h, start, stop, lanes, gate_t, input_gate_t, candidate_t, resets_t, out_t,
-        KIND, ACTIVATION, NORMALIZE, ADJOINT, STEPS,
+        KIND, ACTIVATION, NORMALIZE, SIGNED, ADJOINT, STEPS,
     )  # fmt: skip
     if out is None:
         tl.store(products + row * D + d, product, mask=lanes)
@@ -326,7 +338,7 @@ def _carry_kernel(
     gate_b: tl.int64, gate_t: tl.int64, input_gate_b: tl.int64, input_gate_t: tl.int64,
     candidate_b: tl.int64, candidate_t: tl.int64,
     resets_b: tl.int64, resets_t: tl.int64, resets_d: tl.int64, initial_b: tl.int64,
-    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, ADJOINT: tl.constexpr,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, SIGNED: tl.constexpr, ADJOINT: tl.constexpr,
     STEPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The state entering every chunk, (B, chunks + 1, D), from the summaries of all chunks, (B, chunks, D).
@@ -373,7 +385,7 @@ def _carry_kernel(
                     None if resets is None else resets + b * resets_b + first_t * resets_t + _nothing(d, resets_d),
                     None,
                     h, chunk_start, tl.minimum(chunk_start + chunk_steps, T), lanes,
-                    gate_t, input_gate_t, candidate_t, resets_t, 0, KIND, ACTIVATION, NORMALIZE, ADJOINT, STEPS,
+                    gate_t, input_gate_t, candidate_t, resets_t, 0, KIND, ACTIVATION, NORMALIZE, SIGNED, ADJOINT, STEPS,
                 )  # fmt: skip
                 h = tl.where(tl.abs(jumped) < float("inf"), jumped, walked)
                 k += 1
@@ -391,7 +403,7 @@ def _gradient_kernel(
     resets_b: tl.int64, resets_t: tl.int64, resets_d: tl.int64, initial_b: tl.int64, states_b: tl.int64,
     states_t: tl.int64, grad_b: tl.int64, grad_t: tl.int64, grad_gate_b: tl.int64, grad_gate_t: tl.int64,
     grad_input_gate_b: tl.int64, grad_input_gate_t: tl.int64, grad_candidate_b: tl.int64, grad_candidate_t: tl.int64,
-    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, SIGNED: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk. Step 0 is the last in the forward order, so the previous state stands at t + 1."""
@@ -441,13 +453,13 @@ def _gradient_kernel(
         previous_next = _load(states, ahead + 1, rows, states_t, mask & (rows < (T - 1 - ahead).to(tl.int32)), 0)
         gate_tile, input_gate_tile = gate_tile.to(ACC), input_gate_tile.to(ACC)
         candidate_tile = candidate_tile.to(ACC)
-        a, _ = _gates(gate_tile, input_gate_tile, KIND, NORMALIZE)
+        a, _ = _gates(gate_tile, input_gate_tile, KIND, NORMALIZE, SIGNED)
         s = tl.where(rows == 0, s + carry, s)
         _, s, a, reset = tl.associative_scan((tl.full(s.shape, 1.0, ACC), s, a, reset), 0, _then_gradient)
         carry = _last(tl.where(reset, 0.0, a * s), rows, STEPS)
         previous = tl.where(reset, 0.0, tl.where(rows == (T - 1 - t).to(tl.int32), h0, previous))
         d_gate, d_input_gate, d_candidate = _input_gradients(
-            gate_tile, input_gate_tile, candidate_tile, previous, s, KIND, ACTIVATION, NORMALIZE
+            gate_tile, input_gate_tile, candidate_tile, previous, s, KIND, ACTIVATION, NORMALIZE, SIGNED
         )
         inside = (rows < (stop - t).to(tl.int32)) & lanes
         _store(grad_gate, t, rows, grad_gate_t, d_gate, inside)
@@ -603,7 +615,8 @@ def _steps(steps: int, dtype: torch.dtype) -> int:
 
 def _cell(cell: Cell, dtype: torch.dtype) -> dict:
     acc = tl.float64 if dtype == torch.float64 else tl.float32
-    return {"KIND": cell.kind, "ACTIVATION": cell.activation, "NORMALIZE": cell.normalize, "ACC": acc}
+    form = {"KIND": cell.kind, "ACTIVATION": cell.activation, "NORMALIZE": cell.normalize, "SIGNED": cell.signed}
+    return form | {"ACC": acc}
 
 
 def _inputs(inputs: tuple[Tensor, ...], resets: Tensor | None, flip: bool) -> dict:
