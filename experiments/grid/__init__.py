@@ -6,12 +6,12 @@ Each experiment has a file with its METRICS, TABLES and CELLS; planner, tables, 
 from collections.abc import Iterable
 
 from ..config import group_id, run_id
-from . import charlm, decision, selective_copy
+from . import charlm, decision, selective_copy, synthetic
 from .core import CHOICE_SEED, SCALES, Cell, Metric, Run, Table
 
 __all__ = ["CELLS", "CHOICE_SEED", "METRICS", "SCALES", "TABLES", "Cell", "Metric", "Run", "Table", "runs"]
 
-EXPERIMENTS = (charlm, decision, selective_copy)  # in the order of the report
+EXPERIMENTS = (charlm, decision, selective_copy, synthetic)  # in the order of the report
 METRICS = {name: metric for each in EXPERIMENTS for name, metric in each.METRICS.items()}
 TABLES = {name: table for each in EXPERIMENTS for name, table in each.TABLES.items()}
 TABLES |= charlm.RATES | selective_copy.RATES | decision.RATES | selective_copy.FINALS

@@ -51,7 +51,8 @@ class Cell:
         return f"python -m experiments.{self.experiment} {shlex.join(self.settings(profile))} seed={seed}"
 
     def paper_scale(self) -> dict[str, Any]:
-        return _compose(self.experiment, ("profile=paper",))
+        task = [setting for setting in self.overrides if setting.startswith("task=")]
+        return _compose(self.experiment, (*task, "profile=paper"))
 
 
 @cache
