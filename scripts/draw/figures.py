@@ -228,6 +228,34 @@ def layers(table: str, profile: str, found: list[Entry]) -> Figure:
     return figure
 
 
+def accuracy_against_length(table: str, found: list[Entry]) -> Figure:
+    """At each length at which the last weights were tested: the mean over seeds, in a band from the least to the most.
+
+    Where curves lie on one another the markers, which differ in size, still show.
+    """
+    figure = Figure(figsize=(5.4, 3.4), layout="constrained")
+    ax = figure.subplots()
+    start = "test_accuracy_at_"
+    rows = [entry for entry in found if entry.done]
+    for i, entry in enumerate(rows):
+        last = [record["metrics"]["last"] for record in entry.done]
+        lengths = sorted(int(key.removeprefix(start)) for key in last[0] if key.startswith(start))
+        values = [[100 * metrics[f"{start}{n}"] for metrics in last] for n in lengths]
+        style = STYLES[i % len(STYLES)] | {"markersize": 9 - 6 * i / len(rows)}
+        style |= {"markerfacecolor": "white"} if i >= len(STYLES) else {}
+        ax.plot(lengths, [sum(v) / len(v) for v in values], **style, label=entry.cell.row)
+        ax.fill_between(lengths, list(map(min, values)), list(map(max, values)), color=style["color"], alpha=0.15)
+    longest = max(record["config"]["data"]["lengths"][1] for entry in rows for record in entry.done)
+    ax.axvline(longest, color="#888888", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
+    ax.set(xscale="log", ylim=(0, 103), xlabel="length tested (the dashed line is the longest in training)")
+    ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    ax.minorticks_off()
+    ax.set_ylabel("test accuracy, %")
+    _chance(ax, table, found)
+    head(ax, "", columns=3)
+    return figure
+
+
 def rates(found: list[Entry]) -> Figure:
     """The best validation of each model against the learning rate."""
     rows = list(dict.fromkeys(entry.cell.row for entry in found))
@@ -282,6 +310,8 @@ def write_all(results_dir: str | Path) -> list[Path]:
                 }
             elif found[0].metric.key == "val_loss":
                 figures = {f"{table}_loss{suffix}": loss_against_steps_and_time(table, found)}
+            elif any(metric.startswith("accuracy_at_") for _, metric, _ in TABLES[table].more):
+                figures = {f"{table}_lengths{suffix}": accuracy_against_length(table, found)}
             elif TABLES[table].column == "layers":
                 figures = {file_name(table, profile): layers(table, profile, found)}
             else:

@@ -13,6 +13,7 @@ from .cells import Entry, Records, common_seeds, machines, seconds_a_step
 
 HIGH = 95.0  # percent: what three layers of minGRU are to exceed
 TURNED = 0.02  # nats above the lowest point of a curve; less is noise of the estimate
+CHANCE = 1.0  # percentage points around an accuracy of chance, over millions of answers
 NEAR = 0.05  # nats: how near to the Transformer the minimal RNNs are to come
 
 
@@ -223,10 +224,34 @@ def decision_found(profile: str, found: list[Entry]) -> list[str]:
 ASKED = re.compile(r"test_score_at_(\d+)").fullmatch  # a score that was asked for
 
 
+def parity_found(profile: str, found: list[Entry]) -> list[str]:
+    """At the longest test: who makes no error, who is no better than chance, and who is between."""
+    accuracy, exact = METRICS["accuracy_at_65536"], METRICS["exact_at_65536"]
+    said, level = [], []
+    for entry in found:
+        values, whole = entry.values("last", accuracy), entry.values("last", exact)
+        if not values:
+            continue
+        right = sum(share == 100 for share in whole)
+        if right:
+            said.append(
+                f"{entry.cell.row} answers every prefix of strings of 65,536 bits, a thousand times the longest in "
+                f"training, without an error on {right} of {len(whole)} seeds."
+            )
+        elif max(values) < 50 + CHANCE:
+            level.append(entry.cell.row)
+        else:
+            said.append(f"{entry.cell.row} has {min(values):.1f} to {max(values):.1f} % right at 65,536 bits.")
+    if level:
+        said.append(f"No better than chance at 65,536 bits (at most {50 + CHANCE:g} %): {', '.join(level)}.")
+    return said
+
+
 FINDINGS: dict[str, Callable[[str, list[Entry]], list[str]]] = {
     "table1_layers": layers_found,
     "table2_selective_copy": copying_found,
     "forget_bias": bias_found,
+    "parity": parity_found,
     "charlm": language_found,
     "charlm_convention": convention_found,
     "decision_local": decision_found,
@@ -240,6 +265,7 @@ FINDINGS: dict[str, Callable[[str, list[Entry]], list[str]]] = {
 # Tables whose sentences compare no rows, or find the seeds that they compare themselves.
 ROWS_APART = (
     "charlm_nanogpt",
+    "parity",
     "decision_local",
     "table3_d4rl",
     *(table for table in TABLES if "learning_rate" in table),

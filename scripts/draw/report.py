@@ -33,6 +33,10 @@ FIGURES = (
         "Interquartile mean of the scores of the last weights, with a 95 % bootstrap interval, over the datasets that "
         "every model has with all its seeds.",
     ),
+    (
+        "{table}_lengths{suffix}",
+        "Test accuracy against the length of the test: mean over seeds. The band spans the lowest and highest seed.",
+    ),
     ("{table}_loss{suffix}", "Training loss: mean over seeds. The band spans the lowest and highest seed."),
 )
 RATES = "Best validation value of each model against its learning rate, on one seed."
