@@ -304,9 +304,22 @@ class SelectiveCopyData:
 
 
 @dataclass
+class SelectiveCopyEval(Eval):
+    lengths: list[int] = field(default_factory=list)  # further bodies, at each of which the last weights are tested
+
+
+@dataclass
 class SelectiveCopy(Run):
     experiment: str = "selective_copy"
     data: SelectiveCopyData = field(default_factory=SelectiveCopyData)
+    eval: SelectiveCopyEval = field(default_factory=SelectiveCopyEval)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.eval.lengths, default=self.data.tokens) < self.data.tokens:
+            raise ValueError(
+                f"eval.lengths: expected data.tokens={self.data.tokens} or more each, got {self.eval.lengths}"
+            )
 
 
 SYNTHETIC = {  # tasks, and the shortest length of each

@@ -10,6 +10,7 @@ The loss and the accuracy (of single symbols; chance is 1/14) are those of the m
 are the authors' (BorealisAI/minRNNs ff52e9d, data/selective_copy.py; the Mamba paper's task, arXiv 2312.00752, E.1).
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -44,19 +45,27 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def evaluate(cfg: SelectiveCopy, device: torch.device, model: nn.Module, split: str) -> dict[str, float]:
-    """Over the split's fixed sequences."""
+def evaluate(
+    cfg: SelectiveCopy, device: torch.device, model: nn.Module, split: str, length: int | None = None
+) -> dict[str, float]:
+    """Over the split's fixed sequences, of bodies of another length where one is given."""
+    data = cfg.data if length is None else replace(cfg.data, length=length)
     total, right = torch.zeros((), device=device), torch.zeros((), device=device)
     for i in range(cfg.eval.iters):
-        inputs, targets = sequences(cfg.data, cfg.eval.batch_size, eval_seed(split, i), device)
+        inputs, targets = sequences(data, cfg.eval.batch_size, eval_seed(split, i), device)
         logits, _ = model(inputs, last=cfg.data.tokens)
         total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         right += (logits.argmax(-1) == targets).float().mean()
     return {"loss": total.item() / cfg.eval.iters, "accuracy": right.item() / cfg.eval.iters}
 
 
+def evaluate_lengths(cfg: SelectiveCopy, device: torch.device, model: nn.Module, split: str) -> dict[str, float]:
+    """The accuracy at each of eval.lengths."""
+    return {f"accuracy_at_{n}": evaluate(cfg, device, model, split, n)["accuracy"] for n in cfg.eval.lengths}
+
+
 def model(cfg: SelectiveCopy) -> TokenModel:
-    length, vocab = cfg.data.length + cfg.data.tokens, cfg.data.vocab
+    length, vocab = max(cfg.data.length, *cfg.eval.lengths, 0) + cfg.data.tokens, cfg.data.vocab
     return TokenModel(vocab, vocab, mixer=make(**cfg.model.mixer(length)), **cfg.model.backbone(length))
 
 
@@ -66,6 +75,7 @@ def task(cfg: SelectiveCopy, device: torch.device) -> engine.Task:
         batch=lambda step: sequences(cfg.data, cfg.train.batch_size, train_seed(cfg.seed, step), device),
         loss=loss,
         evaluate=partial(evaluate, cfg, device),
+        evaluate_last=partial(evaluate_lengths, cfg, device),
         tokens=cfg.train.batch_size * (cfg.data.length + cfg.data.tokens),
     )
 

@@ -344,6 +344,7 @@ def test_equal_settings_have_one_id():
         (["train.steps=0"], "train.steps: expected more than 0, got 0"),
         (["train.precision=fp8"], "train.precision: expected one of .*fp32.*, got 'fp8'"),
         (["data.tokens=5000"], "data.tokens: expected 1 to data.length=64, got 5000"),
+        (["eval.lengths=[64,8]"], r"eval.lengths: expected data.tokens=16 or more each, got \[64, 8\]"),
         (["micro_batches=3"], "micro_batches: expected a divisor of train.batch_size=64, got 3"),
         (["model=mamba_s6", "model.inner=s5"], "model.inner: expected one of .*'s6'.*, got 's5'"),
         (["model=mamba_s6", "model.expansion=2"], "model.expansion: no such setting"),
@@ -445,6 +446,15 @@ def test_accuracy_and_loss_are_those_of_a_model_that_knows():
 
     values = selective_copy.evaluate(cfg, torch.device("cpu"), Knows(), "test")
     assert values["accuracy"] == 1 and values["loss"] < 1e-6
+    longer = selective_copy.evaluate(cfg, torch.device("cpu"), Knows(), "test", 50)
+    assert longer["accuracy"] == 1 and longer["loss"] < 1e-6
+
+
+def test_the_last_weights_are_tested_at_further_lengths(tmp_path):
+    _, record = run(tmp_path, "eval.lengths=[16,40]")
+    last, best = record["metrics"]["last"], record["metrics"]["best"]
+    assert last["test_accuracy_at_16"] == last["test_accuracy"]
+    assert 0 <= last["test_accuracy_at_40"] <= 1 and "test_accuracy_at_40" not in best
 
 
 # Training
