@@ -468,7 +468,7 @@ def test_without_torch_and_twice_the_same(tmp_path):
     before = {path: path.read_bytes() for path in files}
     for module in (tables, figures, report):
         module.write_all(tmp_path / "results")
-    assert {path: path.read_bytes() for path in files} == before and len(files) == 8 * 3 + (4 + 2 * 3 + 2) * 2 + 1
+    assert {path: path.read_bytes() for path in files} == before and len(files) == 9 * 3 + (4 + 2 * 3 + 2 + 1) * 2 + 1
 
 
 def test_figures_of_a_single_run(tmp_path):
