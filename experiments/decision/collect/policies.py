@@ -120,7 +120,7 @@ def play(env: str, act: Act, count: int, rng: np.random.Generator) -> list[Episo
 
 
 def play_rows(env: str, act: Act, rows: int, rng: np.random.Generator, bar: tqdm) -> list[Episode]:
-    """Episodes with at least `rows` rows in all, played in whole batches, as the first to end would be the short ones."""
+    """Episodes with at least `rows` rows in all, played in whole batches, as the first to end would be short ones."""
     found, count = [], 0
     while count < rows:
         for episode in play(env, act, BATCH, rng):
