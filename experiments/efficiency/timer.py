@@ -69,7 +69,7 @@ class Timer:
         return self.points
 
     def attempt(self, layer: str, f: Callable[[], Any]) -> Any:
-        """The result of `f`, or None after a failure, which is recorded. Raises errors that leave the device unusable."""
+        """The result of `f`, or None after a failure, which is recorded. Errors that end the device are raised."""
         try:
             return f()
         except torch.OutOfMemoryError as error:
