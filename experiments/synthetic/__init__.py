@@ -22,7 +22,7 @@ from ..seeds import eval_seed, train_seed
 from .tasks import IGNORE, TASKS
 
 AT_ONCE = 1 << 18  # input ids in a part of a test at one length, or one sequence
-EACH = 1 << 16  # a length's test has evaluation batches of its own from here, and as many further on
+EACH = 1 << 16  # the first test length has its evaluation batches from here on, the second from twice this, and so on
 
 
 def sequences(cfg: Synthetic, lengths: tuple[int, int], batch_size: int, seed: int, device) -> tuple[Tensor, Tensor]:
