@@ -212,7 +212,7 @@ class Train:
     min_lr: float = 0
     weight_decay: float = 0.05
     beta2: float = 0.999
-    decay: str = "all"  # all weights but the gates of minimal RNNs; or matrices: only what has two dimensions
+    decay: str = "all"  # all parameters but the gates of minimal RNNs; or matrices: only what has two dimensions
     grad_clip: float | None = 1.0  # largest norm of the whole gradient
     precision: str = "fp32"  # or bf16, fp16 (with loss scaling), by autocast
     patience: int | None = None  # stop after this many evaluations without a new best
