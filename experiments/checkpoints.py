@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill: written whole, named by step and checksum, the last two kept."""
+"""Checkpoints that survive a kill: written atomically, named by step and checksum; the last two are kept."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ NAME = re.compile(r"(\d{9})-([0-9a-f]{16})\.pt")
 
 
 class CheckpointError(Refusal, ValueError):
-    """A checkpoint that is not this run's; the text names it and says what to do."""
+    """A checkpoint that does not belong to this run; the text names it and says what to do."""
 
 
 def save(folder: Path, step: int, state: dict[str, Any], belongs_to: dict[str, Any]) -> Path:
-    """Tensors and plain values only: `load` executes nothing from a file.
+    """Writes a checkpoint and returns its path; tensors and plain values only, as `load` executes nothing from a file.
 
     Args:
-        belongs_to: what the state depends on beside itself, the run's id and facts of its data, in JSON's types.
+        belongs_to: the run's id and the facts of its data, which must match when the state is loaded; JSON types.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".writing-{os.getpid()}"
@@ -43,7 +43,7 @@ def save(folder: Path, step: int, state: dict[str, Any], belongs_to: dict[str, A
 
 
 def clean(folder: Path) -> None:
-    """Sets aside what is damaged, so that it takes no whole one's place; removes what a kill left half written."""
+    """Sets damaged checkpoints aside, so that they replace no intact one, and removes half-written files."""
     for path in _found(folder):
         if not _whole(path):
             warnings.warn(
@@ -57,9 +57,9 @@ def clean(folder: Path) -> None:
 def load(
     folder: Path, device: str | torch.device, belongs_to: dict[str, Any], steps: int | None = None
 ) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, or None.
+    """The newest intact checkpoint, or None.
 
-    Raises CheckpointError: it differs in something of belongs_to, or is of a step after `steps`.
+    Raises CheckpointError: it differs from belongs_to, or its step lies after `steps`.
     """
     for path in _found(folder):
         if _whole(path):
@@ -93,16 +93,16 @@ def _todo(path: Path) -> str:
 
 
 def _whole(path: Path) -> bool:
-    """Whether its content is what its name says. Raises CheckpointError: it is no file."""
+    """Whether the file's content has the checksum in its name. Raises CheckpointError: it is not a regular file."""
     try:
-        regular(path, CheckpointError)  # a pipe would never end
+        regular(path, CheckpointError)  # reading a pipe would never end
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_todo(path)}") from error
     return _checksum(path) == NAME.fullmatch(path.name)[2]
 
 
 def _found(folder: Path) -> list[Path]:
-    """Newest first."""
+    """The checkpoints of a folder, newest first."""
     return sorted((path for path in folder.glob("*.pt") if NAME.fullmatch(path.name)), reverse=True)
 
 

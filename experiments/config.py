@@ -1,7 +1,7 @@
-"""What can be set: the typed schemas behind `configs/`, and the id of a run. Needs no torch.
+"""All settings: the typed schemas behind `configs/`, and the id of a run. Needs no torch.
 
-A run is what `model`, `data`, `train`, `eval` and the seed say; the rest says where, how and by whom it is run, and
-does not enter its id.
+The experiment, `model`, `data`, `train`, `eval` and the seed define a run; the other settings say where and how it is
+run, and do not enter its id.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from .files import nearest
 from .seeds import RUNS, STEPS
 
 PROFILES = ("smoke", "cpu", "paper")
-SECTIONS = ("model", "data", "train", "eval")  # what makes a run what it is, with the experiment and the seed
-NO_ID = {"id": False}  # of a setting in them that does not
+SECTIONS = ("model", "data", "train", "eval")  # these define a run, with the experiment and the seed
+NO_ID = {"id": False}  # marks a setting in them that does not enter the id
 TEXTS = ("tinyshakespeare", "python_docs")
 LRA_DATASETS = {  # None: Long Range Arena's own
     "listops": (None,),
     "image": (None, "local/digits"),
     "retrieval": (None, "local/pydoc_pairs"),
 }
-FORMER = {  # names of settings in records of schema 1, and their present ones
+FORMER = {  # names of settings in records of schema 1, and their present names
     "train.lr": "train.learning_rate",
     "train.warmup": "train.warmup_steps",
     "train.clip": "train.grad_clip",
@@ -48,18 +48,18 @@ class Model:
     dim: int = 64
     layers: int = 3
     conv: int = 0  # size of a causal depthwise convolution before each mixer
-    pointwise: bool = False  # a convolution of 1 after it
-    mlp: float = 0  # hidden width over dim of an MLP after each mixer
+    pointwise: bool = False  # a convolution of size 1 after that one
+    mlp: float = 0  # hidden width of an MLP after each mixer, as a multiple of dim
     activation: str = "gelu"  # of the MLP; or relu, geglu
     bias: bool = False  # of LayerNorms, attention, and an MLP with gelu or relu
     dropout: float = 0
-    mixer_dropout: bool = False  # on what a mixer adds too
+    mixer_dropout: bool = False  # also on a mixer's output
     norm: str = "rms"  # or layer
     init: str = "torch"  # or gpt2, dt
-    tied: bool = False  # head and embedding
-    positions: bool = False  # learned, for as many as the experiment's sequences have; decision models have times
+    tied: bool = False  # head and embedding share weights
+    positions: bool = False  # learned, one for each place in a sequence; decision models have timesteps instead
     attention_at: int | None = None  # the layer, from 0, whose mixer is attention
-    attention_heads: int | None = None  # of that one; None: as for attention
+    attention_heads: int | None = None  # of that layer; None: as for attention
 
     def __post_init__(self):
         positive(self, "model", "dim", "layers")
@@ -90,22 +90,22 @@ class Model:
         return self.name
 
     def mixer(self, length: int) -> dict[str, Any]:
-        """What `minrnn.mixers.make` takes, for sequences of this length."""
+        """The arguments of `minrnn.mixers.make`, for sequences of this length."""
         return {key: value for key, value in asdict(self).items() if key == "name" or key not in MODEL_KEYS}
 
     def backbone(self, length: int) -> dict[str, Any]:
-        """What `minrnn.models.TokenModel` takes beside the vocabularies and the mixer."""
+        """The arguments of `minrnn.models.TokenModel` beside the vocabularies and the mixer."""
         settings = {key: getattr(self, key) for key in MODEL_KEYS if key != "name"}
         return settings | {"positions": length if self.positions else None}
 
     def classifier(self, length: int) -> dict[str, Any]:
-        """What `minrnn.models.ClassifierModel` takes beside the vocabulary, the classes and the mixer."""
+        """The arguments of `minrnn.models.ClassifierModel` beside the vocabulary, the classes and the mixer."""
         if self.tied:
             raise ValueError("model.tied: expected false, a classifier's head has classes and no vocabulary")
         return {key: value for key, value in self.backbone(length).items() if key != "tied"}
 
     def decision(self) -> dict[str, Any]:
-        """What `minrnn.models.DecisionModel` takes beside sizes, tokens and the mixer."""
+        """The arguments of `minrnn.models.DecisionModel` beside sizes, tokens and the mixer."""
         if self.positions or self.tied:
             raise ValueError(
                 "model.positions, model.tied: expected false, a decision model has times and no vocabulary"
@@ -118,7 +118,7 @@ MODEL_KEYS = tuple(f.name for f in fields(Model))
 
 @dataclass
 class MinGRU(Model):
-    expansion: float = 6  # units of the RNN over dim
+    expansion: float = 6  # units of the RNN, as a multiple of dim
     signed: bool = False  # coefficients in (-1, 1)
     gate_layers: int = 1  # or 2: an MLP for the gates
     backend: str = "auto"  # of the scan; log is the paper's form
@@ -142,7 +142,7 @@ class RNN(Model):
 @dataclass
 class Attention(Model):
     name: str = "attention"
-    heads: int | None = None  # None: of 64 channels each, but 4 at least, as in nanoGPT's settings
+    heads: int | None = None  # None: one for each 64 channels, at least 4, as in nanoGPT's settings
 
     def mixer(self, length: int) -> dict[str, Any]:
         return super().mixer(length) | {"dropout": self.dropout, "bias": self.bias}  # on the weights too, as in nanoGPT
@@ -190,7 +190,7 @@ class QRNN(Model):
 
 @dataclass
 class SRU(Model):
-    """Gates that see the state before through one weight a unit."""
+    """Gates that see the previous state through one weight per unit."""
 
     name: str = "sru"
     expansion: float = 1
@@ -212,11 +212,11 @@ class Train:
     min_lr: float = 0
     weight_decay: float = 0.05
     beta2: float = 0.999
-    decay: str = "all"  # but the gates of minimal RNNs; or matrices: all that has two dimensions, and nothing else
-    grad_clip: float | None = 1.0  # norm of the whole gradient
+    decay: str = "all"  # all parameters but the gates of minimal RNNs; or matrices: only what has two dimensions
+    grad_clip: float | None = 1.0  # largest norm of the whole gradient
     precision: str = "fp32"  # or bf16, fp16 (with loss scaling), by autocast
-    patience: int | None = None  # stop after so many evaluations without a new best
-    target: float | None = None  # stop at a validation accuracy (loss, score) as good as this
+    patience: int | None = None  # stop after this many evaluations without a new best
+    target: float | None = None  # stop when validation accuracy (loss, score) is this good
 
     def __post_init__(self):
         positive(self, "train", "steps", "batch_size", "learning_rate")
@@ -255,7 +255,7 @@ class Wandb:
 
 @dataclass
 class Run:
-    """What every experiment has. Its own schema adds `data`."""
+    """The settings that every experiment has. Each experiment's own schema adds `data`."""
 
     experiment: str = ""
     profile: str = "cpu"
@@ -263,18 +263,18 @@ class Run:
     model: Model = MISSING
     train: Train = field(default_factory=Train)
     eval: Eval = field(default_factory=Eval)
-    # From here on: nothing that changes the result.
+    # Nothing below changes the result.
     results_dir: str = "results"
     output_dir: str = "outputs"
     device: str = "auto"
     threads: int | None = None  # of torch on a CPU; None: all cores
-    micro_batches: int = 1  # a step's batch in so many parts, one after another, to save memory
+    micro_batches: int = 1  # split a step's batch into this many parts, one after another, to save memory
     compile: bool = False  # torch.compile the model
     logger: str = "none"  # or wandb
     wandb: Wandb = field(default_factory=Wandb)
     progress: bool = True
     checkpoint_every: float = 60  # seconds
-    budget: float | None = None  # seconds; the run then stops at a checkpoint, and the same command goes on
+    budget: float | None = None  # seconds; the run then stops at a checkpoint, and the same command resumes it
 
     def __post_init__(self):
         one_of(self, "", "logger", ("wandb", "none"))
@@ -292,7 +292,7 @@ class Run:
 
 @dataclass
 class SelectiveCopyData:
-    length: int = 4096  # of the body; the markers come after it
+    length: int = 4096  # of the body, which the markers follow
     tokens: int = 16  # to be copied
     vocab: int = 16  # marker, data symbols, noise
 
@@ -322,7 +322,7 @@ class SelectiveCopy(Run):
             )
 
 
-SYNTHETIC = {  # tasks, and the shortest length of each
+SYNTHETIC = {  # each task and its shortest length
     "parity": 1, "even_pairs": 1, "cycle_navigation": 1, "majority": 1, "majority_count": 1, "bucket_sort": 1,
     "missing_duplicate": 1, "missing_duplicate_original": 2, "modular_arithmetic": 1,
     "s3": 1, "s5": 1, "a5": 1, "z60": 1, "associative_recall": 4, "induction_heads": 3,
@@ -354,7 +354,7 @@ class SyntheticData:
             self.check_lengths(f"data.{name}", bounds)
 
     def check_lengths(self, setting: str, lengths: list[int]) -> None:
-        """Raises ValueError for one that cannot be drawn."""
+        """Raises ValueError if sequences of these lengths cannot be drawn."""
         least = 4 * self.pairs if self.task == "associative_recall" else SYNTHETIC[self.task]
         if list(lengths) != sorted(lengths) or any(n < least for n in lengths):
             raise ValueError(f"{setting}: expected ascending numbers from {least} up for {self.task}, got {lengths}")
@@ -362,7 +362,7 @@ class SyntheticData:
 
 @dataclass
 class SyntheticEval(Eval):
-    lengths: list[int] = field(default_factory=list)  # further ones, at each of which the last weights are tested
+    lengths: list[int] = field(default_factory=list)  # additional lengths at which the last weights are tested
 
 
 @dataclass
@@ -379,9 +379,9 @@ class Synthetic(Run):
 @dataclass
 class CharLMData:
     block_size: int = 256  # characters of a sequence
-    text: str = "tinyshakespeare"  # or python_docs, what Python's help() says of the language; it comes with Python
-    path: str | None = field(default=None, metadata=NO_ID)  # any UTF-8 text instead; its checksum stands for it
-    sha256: str | None = None  # of what is at path; None: as found
+    text: str = "tinyshakespeare"  # or python_docs, the text of Python's help() on the language
+    path: str | None = field(default=None, metadata=NO_ID)  # any UTF-8 text instead; its checksum identifies it
+    sha256: str | None = None  # of the file at path; None: any
 
     def __post_init__(self):
         positive(self, "data", "block_size")
@@ -390,7 +390,7 @@ class CharLMData:
 
 @dataclass
 class CharLMEval(Eval):
-    whole: bool = False  # the loss that selects is that of all validation text, and not of iters random batches
+    whole: bool = False  # select by the loss on all validation text, not on iters random batches
 
 
 @dataclass
@@ -404,8 +404,8 @@ class CharLM(Run):
 class DecisionData:
     dataset: str = "local/hopper-medium"  # or d4rl/..., D4RL's own file; or minari/...
     context_length: int = 20  # steps of a training window, Decision Transformer's K
-    tokens: int = 3  # of a step: return-to-go, state, action one after another; or 1, all joined, as in Decision S4
-    padding: str = "right"  # which no model sees; or left, which runs through a recurrence, as in Decision Mamba's code
+    tokens: int = 3  # per step: return-to-go, state, action one after another; or 1, all joined, as in Decision S4
+    padding: str = "right"  # no model sees it; or left, which runs through a recurrence, as in Decision Mamba's code
     timestep_std: float = 1.0  # timestep embeddings start from N(0, timestep_std)
 
     def __post_init__(self):
@@ -417,8 +417,8 @@ class DecisionData:
 @dataclass
 class DecisionEval:
     interval: int = 10_000  # steps
-    episodes: int = 100  # of an evaluation, each asked for the same return
-    context_length: int | None = 20  # steps that the policy looks back; None: all, in a recurrent state
+    episodes: int = 100  # per evaluation, all with the same target return
+    context_length: int | None = 20  # steps that the policy sees; None: all, through a recurrent state
 
     def __post_init__(self):
         positive(self, "eval", "interval", "episodes")
@@ -435,7 +435,7 @@ class Decision(Run):
 
 @dataclass
 class LRAData:
-    """The sizes count for what is drawn here, ListOps and local/pydoc_pairs; files have theirs."""
+    """The sizes apply to generated data, ListOps and local/pydoc_pairs; files have their own."""
 
     task: str = "listops"  # or image, retrieval
     dataset: str | None = None  # Long Range Arena's own: ListOps by its rule, CIFAR-10, AAN; or local/digits (image),
@@ -468,7 +468,7 @@ class LRAData:
 
 @dataclass
 class LRAEval:
-    """An evaluation is of all validation or test examples."""
+    """An evaluation covers all validation or test examples."""
 
     interval: int = 1000  # steps
     batch_size: int = 64
@@ -494,10 +494,10 @@ DTYPES = ("float32", "bfloat16", "float16", "half")
 class EfficiencyData:
     """What is measured: every layer at every length, batch size and width, and how long.
 
-    Tasks: `train` is forward, loss and backward; `forward` that alone; `context` reads a sequence and gives what comes
-    after one token more; `step` gives what comes after one token, so many having been read; `parameters` counts.
-    `kernels` are the scans alone, `precision` is their error; `copying` and `language` are training steps of whole
-    models; `policy` is a decision model in use.
+    Tasks: `train` is forward, loss and backward; `forward` is the forward pass alone; `context` reads a sequence and
+    then one more token; `step` reads one token after `length` others; `parameters` counts parameters. `kernels` times
+    the scans alone, `precision` measures their error; `copying` and `language` are training steps of whole models;
+    `policy` is a decision model in use.
     """
 
     part: str = "train"  # its name, chosen by part=<a file of configs/efficiency/part>
@@ -505,17 +505,17 @@ class EfficiencyData:
     lengths: list[int] = field(default_factory=lambda: [2**i for i in range(6, 17)])
     batch_sizes: list[int] = field(default_factory=lambda: [64])
     widths: list[int] = field(default_factory=lambda: [128])
-    shapes: list[list[int]] | None = None  # [batch, length, width], of layers perhaps the input's width too; None: all
-    # combinations of the three lists above
+    shapes: list[list[int]] | None = None  # [batch, length, width], for layers optionally the input's width too; None:
+    # all combinations of the three lists above
     dtype: str = "float32"  # or bfloat16, float16; half: bfloat16, and float16 on a GPU older than sm_80
-    dtypes: list[str] | None = None  # several, one after another, in its place
-    memory: bool = False  # the peak too; on a CPU of each layer in a process of its own
+    dtypes: list[str] | None = None  # several, one after another, instead of dtype
+    memory: bool = False  # measure peak memory too; on a CPU, each layer in a process of its own
     layers: list[str] | None = None  # None: all that are installed
-    limit: float = 10.0  # seconds: what takes longer once is noted as a time-out, longer sequences of it left out
-    seconds: float = 1.0  # of a layer at a point at most, but it is run `least` times
+    limit: float = 10.0  # seconds: a longer run is recorded as a time-out, and longer sequences are skipped
+    seconds: float = 1.0  # at most, for a layer at a point, but at least `least` runs
     least: int = 5
-    spread: float = 0.03  # of the middle half, relative to the median: less, and a point is done
-    machine: str | None = None  # as found, its instruction set included: a number here is a machine's
+    spread: float = 0.03  # a point is done once its interquartile range over the median is below this
+    machine: str | None = None  # None: detected, with its instruction set; a measurement belongs to one machine
 
     def __post_init__(self):
         one_of(self, "data", "task", TASKS)
@@ -542,7 +542,7 @@ class EfficiencyData:
 
 @dataclass
 class Efficiency:
-    """No run of training, so it shares with Run only where, how and by whom it is run."""
+    """The settings of a measurement. It trains nothing, so it shares with Run only where and how it is run."""
 
     experiment: str = "efficiency"
     profile: str = "cpu"
@@ -553,7 +553,7 @@ class Efficiency:
     device: str = "auto"
     threads: int | None = None
     progress: bool = True
-    budget: float | None = None  # seconds from the start of the process, which a sweep shares
+    budget: float | None = None  # seconds from the start of the process; a sweep shares them
 
     def __post_init__(self):
         where(self)
@@ -576,7 +576,7 @@ def register() -> None:
 
 
 def typed(config: dict[str, Any]) -> Run:
-    """A record's configuration as the object that a runner takes. Settings that came later have their defaults."""
+    """A record's configuration as the object that a runner takes. Settings added since then have their defaults."""
     found = EXPERIMENTS[config["experiment"]]()
     parts: dict[str, Any] = {"model": MODELS[config["model"]["name"]](**config["model"]), "wandb": Wandb()}
     for section in ("data", "train", "eval"):
@@ -584,11 +584,11 @@ def typed(config: dict[str, Any]) -> Run:
     return type(found)(**(config | parts))
 
 
-THREADS = 1024  # more than any machine has; torch's pool dies of a hundred thousand
+THREADS = 1024  # more than any machine has; torch's pool crashes with a hundred thousand
 
 
 def where(config: Any) -> None:
-    """Checks what says where and how a run is done."""
+    """Checks the settings that say where and how a run is done."""
     for name in ("results_dir", "output_dir"):
         if not str(getattr(config, name)).strip():
             raise ValueError(f"{name}: expected a folder, got nothing; . is this one")
@@ -601,7 +601,7 @@ def where(config: Any) -> None:
 
 
 def between(config: Any, section: str, low: float | None, high: float | None, *names: str) -> None:
-    """Finite, and from low to high where these are given."""
+    """Checks that the named settings are finite and lie from low to high where these are given."""
     for name in names:
         value = getattr(config, name)
         if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
@@ -643,12 +643,12 @@ def run_id(config: dict[str, Any]) -> str:
 
 
 def group_id(config: dict[str, Any]) -> str:
-    """The same for all seeds of a run."""
+    """An id that all seeds of a run share."""
     return run_id({**config, "seed": None})
 
 
 def _plain(value: Any) -> Any:
-    """6 and 6.0 are one setting, 1 and true are not."""
+    """The value in the form that is hashed: 6 and 6.0 are one setting, 1 and true are not."""
     if isinstance(value, bool):
         return str(value)
     return float(value) if isinstance(value, int) else value

@@ -1,4 +1,4 @@
-"""What a computation must do at least, counted without doing it, and the least time that a machine needs for that."""
+"""The least work of a computation, counted without running it, and the least time that a machine needs for it."""
 
 import math
 from collections import Counter
@@ -18,8 +18,8 @@ from .measure import copy_bandwidth, seconds
 
 aten = torch.ops.aten
 EMPTY = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
-OVERWRITES = ("aten::copy_", "aten::fill_", "aten::zero_")  # what they change they do not read
-SAME = {  # formulas that torch has under another name
+OVERWRITES = ("aten::copy_", "aten::fill_", "aten::zero_")  # they write their first argument without reading it
+SAME = {  # operators whose formula torch has under another name
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
 }
@@ -30,8 +30,8 @@ class Operation:
     """One call of an operator.
 
     Attributes:
-        operations: of matrix products, convolutions and attention, a multiply-add being two; 0 for all others.
-        bytes: each tensor that it takes read once, each that it makes or changes written once.
+        operations: in matrix products, convolutions and attention, where a multiply-add is two; 0 for all others.
+        bytes: moved if each input is read once, and each tensor that it makes or changes is written once.
     """
 
     name: str
@@ -39,27 +39,27 @@ class Operation:
     bytes: int
 
 
-Cost = Counter[Operation]  # and how often each is called
+Cost = Counter[Operation]  # how often each is called
 
 
 def total(cost: Cost) -> tuple[int, int]:
-    """Operations and bytes."""
+    """The total operations and bytes of a cost."""
     return tuple(sum(times * getattr(call, key) for call, times in cost.items()) for key in ("operations", "bytes"))
 
 
 def count(step: Callable[[], object]) -> Cost:
-    """What `step` does: a forward pass, or one with loss, backward pass and optimiser.
+    """The cost of `step`, a forward pass alone or with loss, backward pass and optimiser.
 
-    Meant for tensors made under `torch._subclasses.FakeTensorMode`, entered here too: nothing is computed and any size
-    costs nothing. (Not for the device "meta", on which the scans have only their time loop.)
+    Tensors should be made under `torch._subclasses.FakeTensorMode`, which is entered here too: nothing is computed, so
+    any size is free. (The device "meta" does not serve: on it the scans have only their time loop.)
 
-    Operators of torch as it runs without compilation, with formulas from its `flop_counter`, of causal attention half
-    of that, the rest being masked. Views cost nothing. Fused, whatever torch does on this device:
-    - minrnn's scans, whose arithmetic hides behind what they read and write: no operations;
-    - attention, which with dropout has no fused kernel on a CPU: counted without;
-    - the RMS norm, as a layer norm: they read and write the same;
-    - torch.nn.GRU and LSTM: the projection of all inputs at once, then one operator a time step, which is what a
-      recurrence needs at least and what cuDNN comes near. Their results have the right shapes only.
+    Operators are those of torch without compilation, with formulas from its `flop_counter`; causal attention counts
+    half, as the rest is masked. Views cost nothing. These count as fused, whatever torch does on this device:
+    - minrnn's scans, with no operations: their arithmetic hides behind what they read and write;
+    - attention, counted without dropout, with which it has no fused kernel on a CPU;
+    - the RMS norm, as a layer norm, which reads and writes the same;
+    - torch.nn.GRU and LSTM: the projection of all inputs at once, then one operator per time step, which is the least
+      that a recurrence needs and which cuDNN comes near. Only the shapes of their results are right.
     """
     counter = _Counter()
     with _Fused(counter), counter:
@@ -77,7 +77,7 @@ class _Counter(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
         if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
-            with self:  # under inference mode what is made of others comes whole, a Linear for one
+            with self:  # under inference mode composite operators, such as Linear, arrive undivided
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
@@ -125,7 +125,10 @@ class _Fused(TorchFunctionMode):
 
 
 class _Recurrence(torch.autograd.Function):
-    """GRU's or LSTM's after its projection (B, T, 3H or 4H), one operator a step; gives something of (B, T, H)."""
+    """The recurrence of a GRU or LSTM after its projection (B, T, 3H or 4H), one operator per step.
+
+    It returns an uninitialised (B, T, H).
+    """
 
     @staticmethod
     def forward(ctx, gates, weight, bias, counter):
@@ -148,7 +151,7 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _tensors(tree: object) -> dict[int, Tensor]:
-    """Each once."""
+    """The distinct tensors of a tree, by their Python id."""
     return {id(x): x for x in tree_leaves(tree) if isinstance(x, Tensor)}
 
 
@@ -157,7 +160,7 @@ def _storage(x: Tensor) -> int:
 
 
 def _bytes(x: Tensor) -> int:
-    """Of an expanded tensor those that exist."""
+    """The bytes of a tensor; expanded dimensions count once."""
     return math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride) * x.itemsize
 
 
@@ -167,8 +170,8 @@ class Machine:
 
     Attributes:
         bandwidth: bytes a second to and from memory, read plus written.
-        matrix_rate: operations a second of a matrix product, by the fastest library at hand.
-        launch: seconds that an operator takes at least.
+        matrix_rate: operations a second of a matrix product, by the fastest available library.
+        launch: the least seconds that an operator takes.
     """
 
     name: str
@@ -177,9 +180,9 @@ class Machine:
     launch: float
 
     def seconds(self, cost: Cost) -> float:
-        """The least time: every operator at the limit that binds it, one after another, nothing between them.
+        """The least seconds: operators run one after another, without gaps, each at the limit that binds it.
 
-        All operations at one rate, also the few of S4 in double precision. What stays in a cache from one
+        All operations count at one rate, also the few of S4 in double precision. Data that stays in a cache from one
         operator to the next can be faster.
         """
         return sum(times * self._one(call) for call, times in cost.items())
@@ -188,20 +191,20 @@ class Machine:
         return max(call.operations / self.matrix_rate, call.bytes / self.bandwidth, self.launch)
 
 
-# NVIDIA's T4 datasheet: 320 GB/s, 8.1 TFLOP/s in single precision. A program reaches neither, the bandwidth least, so
-# a time is a least time. The launch is not from there but assumed, at the low end of what one small kernel after
-# another takes.
+# NVIDIA's T4 datasheet: 320 GB/s, 8.1 TFLOP/s in single precision. No program reaches either, least of all the
+# bandwidth, so the times are lower bounds. The launch time is not from the datasheet but assumed, at the low end of
+# what small consecutive kernels take.
 T4 = Machine("T4", 320e9, 8.1e12, 2e-6)
 
 
 def here(device: str, dtype: torch.dtype = torch.float32) -> Machine:
-    """This machine, measured: a copy, a matrix product, and additions of one number; about 4 s on a CPU."""
-    size = 8192 if device == "cuda" else 512  # on a core 3 ms, which nothing else interrupts every time
+    """The limits of this machine, measured by a copy, a matrix product and scalar additions; about 4 s on a CPU."""
+    size = 8192 if device == "cuda" else 512  # 3 ms on a core, short enough that some runs are not interrupted
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     x = torch.ones(1, device=device)
     products = [lambda: a @ b]
     if device == "cpu" and dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        # oneDNN, which torch takes for its LSTM and 16 bits but not for this: on AMD's processors twice as fast as MKL.
+        # torch uses oneDNN for its LSTM and 16 bits but not here, where on AMD's processors it is twice as fast as MKL.
         products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
     with torch.inference_mode():
         product = min(min(seconds(f, device, runs=(7, 300))) for f in products)

@@ -1,4 +1,4 @@
-"""Files that experiments need: in $MINRNN_DATA, in data/, or fetched over the network and checked."""
+"""Files that experiments need: found in $MINRNN_DATA or data/, or downloaded, and checked."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ FOLDER = Path("data")
 class File:
     name: str  # below the folder
     url: str
-    sha256: str | None  # None: none is published; what the first use found is written beside the file
+    sha256: str | None  # None: none is published; the first use writes the checksum it found beside the file
     about: str
 
 
@@ -54,8 +54,8 @@ LRA = {
     ),
 }
 
-# Those of archives, which are not fetched. Checksums: https://github.com/ankane/torchvision-ruby, cifar10.rb; that of
-# the archive is c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd, its published md5
+# Files from archives, which are not downloaded. Checksums: https://github.com/ankane/torchvision-ruby, cifar10.rb; the
+# archive's is c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd, its published md5
 # c32a1d4ab5d03f1284b67883e8d87530.
 CIFAR10 = [
     File(
@@ -85,23 +85,23 @@ AAN = {
 
 
 class DataError(Refusal, RuntimeError):
-    """A file that cannot be had, or is not what it should be; the text says what to do."""
+    """A file that is not available, or not what it should be; the text says what to do."""
 
 
 def folders() -> list[Path]:
-    """Where files are looked for, in this order."""
+    """The folders that are searched for files, in order."""
     return [Path(folder) for folder in (os.environ.get("MINRNN_DATA"), FOLDER) if folder]
 
 
 def locate(name: str) -> Path | None:
-    """The first file of this name in `folders`, as it is."""
+    """The first file of this name in `folders`, unchecked."""
     return next((path for folder in folders() if (path := folder / name).exists()), None)
 
 
 def find(key: str, progress: bool = True) -> Path:
-    """The path of a file of FILES, D4RL or LRA, its checksum verified; fetched to data/ where it is nowhere.
+    """The path of a file of FILES, D4RL or LRA, its checksum verified; a missing file is downloaded to data/.
 
-    Raises DataError: it is damaged, or it is nowhere and cannot be fetched.
+    Raises DataError: the file is damaged, or is missing and cannot be downloaded.
     """
     file = (FILES | D4RL | LRA)[key]
     return verified(locate(file.name) or fetch(file, FOLDER, progress), file, "it is fetched anew")
@@ -110,7 +110,7 @@ def find(key: str, progress: bool = True) -> Path:
 def unpacked(file: File) -> Path:
     """The path of a file that comes in an archive, its checksum verified.
 
-    Raises DataError: it is damaged, or it is nowhere.
+    Raises DataError: the file is damaged or missing.
     """
     path = locate(file.name)
     if path is None:
@@ -120,12 +120,12 @@ def unpacked(file: File) -> Path:
 
 
 def verified(path: Path, file: File, then: str) -> Path:
-    """The path, which holds this file.
+    """The path, after a check that it holds this file.
 
     Args:
-        then: what comes after the file is removed.
+        then: what follows once the user has removed the file; for the error's text.
 
-    Raises DataError: it is no file, or one of another checksum.
+    Raises DataError: it is not a regular file, or has another checksum.
     """
     regular(path, DataError)
     record = path.with_name(f"{path.name}.sha256")
@@ -142,15 +142,15 @@ def verified(path: Path, file: File, then: str) -> Path:
 
 
 def fetch(file: File, folder: Path, progress: bool = True) -> Path:
-    """Downloads to another name, checks, and renames: what stands under its name is whole.
+    """Downloads a file under a temporary name, checks and renames it, so that no partial file has its name; its path.
 
-    Processes that want the same file wait for the one that came first.
+    Processes that need the same file wait for the first one.
 
-    Raises DataError: it cannot be fetched, not all of it came, or it is not what it should be.
+    Raises DataError: the download fails or is incomplete, or the file is not what it should be.
     """
     path = folder / file.name
     todo = f"download it elsewhere, and put it as {file.name} into data/ or into the folder that MINRNN_DATA names"
-    pooch.get_logger().setLevel("ERROR")  # its hint on how to pin a checksum is for those who write such tables
+    pooch.get_logger().setLevel("ERROR")  # it logs hints for developers on how to pin a checksum
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
@@ -167,7 +167,7 @@ def fetch(file: File, folder: Path, progress: bool = True) -> Path:
 def checksum(*arrays: np.ndarray) -> str:
     """sha256, in hex, of each array's dtype, shape and bytes, in this order.
 
-    A file's own holds when it was written and by which library too, so that data made again would seem other data.
+    A checksum of the file would change with its date and library, so that data made again would seem different.
     """
     found = hashlib.sha256()
     for array in arrays:
@@ -178,7 +178,7 @@ def checksum(*arrays: np.ndarray) -> str:
 
 
 def _record(record: Path, path: Path, checksum: str) -> None:
-    """As sha256sum writes it, which reads it too (`sha256sum -c`); the size is a comment to it."""
+    """Writes the checksum in sha256sum's format (for `sha256sum -c`), with the size as a comment."""
     try:
         write(record, f"# {path.stat().st_size} bytes\n{checksum}  {path.name}\n")
     except OSError as error:
@@ -196,9 +196,9 @@ def _recorded(record: Path) -> str | None:
 
 
 def python_docs() -> str:
-    """What Python's help() says of the language, half a million characters: a text that is at hand everywhere.
+    """The text of Python's help() on the language, half a million characters, which comes with every Python.
 
-    Each version of Python has its own.
+    It differs between versions of Python.
     """
     from pydoc_data.topics import topics
 
@@ -206,9 +206,9 @@ def python_docs() -> str:
 
 
 def python_topics() -> list[str]:
-    """Topics of that text of which no two share 64 characters in a row, the longest first.
+    """Topics of Python's help(), longest first, no two of which share 64 consecutive characters.
 
-    Some of Python's topics hold others whole, "compound" for instance what "if" says.
+    Some topics contain others, as "compound" contains "if".
     """
     from pydoc_data.topics import topics
 

@@ -1,7 +1,7 @@
-"""One run from its configuration to its record: claim, train, evaluate, checkpoint, resume. Every experiment uses it.
+"""Does a run from its configuration to its record: claim, train, evaluate, checkpoint, resume, for every experiment.
 
-Everything that a step depends on is its configuration, its seed and its number, so that a run that was killed ends
-with the numbers of one that was not (bit for bit on a CPU with the same number of threads).
+A step depends only on the configuration, the seed and its number, so that a resumed run ends with the same numbers as
+an uninterrupted one (bit for bit on a CPU with the same number of threads).
 """
 
 import contextlib
@@ -34,17 +34,17 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclasses.dataclass
 class Task:
-    """What an experiment brings.
+    """The parts that an experiment supplies.
 
     Attributes:
         model: on the device, initialised.
-        batch: of a step, all its sequences, on the device: tensors with the batch as first dimension.
-        loss: of the model (perhaps wrapped) and a part of such a batch; the mean over what it holds.
-        evaluate: of the model and "val" or "test"; finite numbers by name.
-        evaluate_last: what "test" says beside these of the last weights alone.
-        tokens: of one step.
-        select: the number of "val" by which the best step is chosen, the larger the better with `maximize`.
-        facts: what else the record is to say, of the data for instance.
+        batch: from a step's number to its whole batch, tensors on the device with the batch as first dimension.
+        loss: from the model (perhaps wrapped) and a part of a batch to the mean loss over that part.
+        evaluate: from the model and "val" or "test" to finite numbers by name.
+        evaluate_last: as `evaluate`; additional "test" numbers for the last weights only.
+        tokens: the number of tokens in one step.
+        select: the "val" number that chooses the best step; larger is better with `maximize`.
+        facts: other entries of the record, for instance about the data.
     """
 
     model: nn.Module
@@ -59,7 +59,7 @@ class Task:
 
 
 class SettingError(files.Refusal, ValueError):
-    """Settings of which no model or task can be made."""
+    """Settings from which no model or task can be made."""
 
 
 class Diverged(Exception):
@@ -67,20 +67,20 @@ class Diverged(Exception):
 
 
 class Paused(Exception):
-    """The run is at a checkpoint, and the same command goes on from there. Arguments: a text, and its outcome."""
+    """The run stopped at a checkpoint; the same command resumes it. Arguments: a text and the outcome."""
 
 
 def execute(cfg: Run, build: Callable[[Run, torch.device], Task]) -> str:
-    """Does the run unless it is done, and writes its record.
+    """Does the run unless it is done, writes its record, and returns the outcome.
 
-    Returns "done" or "diverged" (there is a record), "paused" (out of budget), "stopped" (told to) or "busy" (another
-    process has it). An exception is recorded as "failed", and raised.
+    It is "done" or "diverged" (there is a record), "paused" (out of budget), "stopped" (by a signal) or "busy" (another
+    process has the run). An exception is recorded as "failed" and raised.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = run_id(dataclasses.asdict(cfg))
     path = records.record_path(cfg.results_dir, cfg.experiment, name)
     device = processes.device_of(cfg)
-    if (outcome := _final(path)) and world == 1:  # of a folder that cannot be written too
+    if (outcome := _final(path)) and world == 1:  # first, as it serves a read-only folder too
         _say(rank, f"{cfg.experiment} {name}: {outcome} already, see {path}")
         return outcome
     with (
@@ -96,7 +96,7 @@ def execute(cfg: Run, build: Callable[[Run, torch.device], Task]) -> str:
 
 
 def _final(path: Path) -> str | None:
-    """The status of a record of which nothing is left to do."""
+    """The status of a final record, else None."""
     found = records.read_record(path)
     return found["status"] if records.is_final(found) else None
 
@@ -113,7 +113,7 @@ def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world
             task = build(cfg, device)
         except files.Refusal:
             raise
-        except ValueError as error:  # settings that do not go together
+        except ValueError as error:  # incompatible settings
             raise SettingError(error) from error
         record |= {"facts": task.facts} if task.facts else {}
         state = _Training(cfg, task, name, folder, device, rank, world).run()
@@ -150,13 +150,13 @@ def _run(cfg: Run, name: str, path: Path, device: torch.device, rank: int, world
 
 @dataclasses.dataclass
 class _State:
-    """What a checkpoint holds beside model and optimiser."""
+    """The state in a checkpoint beside model and optimiser."""
 
     step: int = 0
     seconds: float = 0.0
-    train_seconds: float = 0.0  # less evaluation and checkpoints
+    train_seconds: float = 0.0  # without evaluation and checkpoints
     tokens: int = 0
-    loss_sum: float = 0.0  # since the last point of the curve, which was at
+    loss_sum: float = 0.0  # since the curve's last point, at step loss_since
     loss_since: int = 0
     parameters: int = 0
     best: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -195,11 +195,11 @@ class Trainer:
             self.model = DistributedDataParallel(self.model)
 
     def step(self, number: int, loss: Callable[[nn.Module, Any], Tensor], parts: Iterable[Any]) -> Tensor:
-        """The mean loss over the parts, which are micro_batches many; the parameters change.
+        """Updates the parameters and returns the mean loss over the parts, of which there are micro_batches.
 
         Args:
             number: of the step, from 0; the learning rate follows from it.
-            loss: of the model and a part.
+            loss: from the model and a part to the mean loss over the part.
         """
         factor = lr_factor(self.train, number)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -242,7 +242,7 @@ class _Training:
         self.trainer = Trainer(task.model, cfg.train, cfg.micro_batches, cfg.compile, world)
         self.state = _State(parameters=sum(p.numel() for p in task.model.parameters()))
         self.best_weights: dict[str, Tensor] | None = None
-        # The data too: with another file under the same name a record would name one and be trained on both.
+        # Data facts guard against a run that resumes on another file of the same name.
         self.belongs_to = {"run_id": name} | {key: task.facts[key] for key in DATA_FACTS if key in task.facts}
         self._resume()
         self.log = tracking.start(cfg, name) if rank == 0 else tracking.Tracker()
@@ -251,14 +251,14 @@ class _Training:
     def _resume(self) -> None:
         if self.rank == 0:
             checkpoints.clean(self.folder)
-        processes.from_first(None, self.world)  # the others look only now
+        processes.from_first(None, self.world)  # the others look for checkpoints only now
         saved = checkpoints.load(self.folder, self.device, self.belongs_to, self.cfg.train.steps)
         if saved is not None:
             self.trainer.load_state_dict(saved)
             self.state, self.best_weights = _State(**saved["state"]), saved["best_weights"]
 
     def run(self) -> _State:
-        """Raises Paused and Diverged."""
+        """Trains to the end and returns the state. Raises Paused and Diverged."""
         with processes.stop_signals() as stop, self.log, contextlib.closing(self.progress.bar):
             self._steps(stop)
             self._save(needed=False)
@@ -287,7 +287,7 @@ class _Training:
             over = stop.is_set or time.monotonic() > deadline
             if not logging and (self.world > 1 or not over):
                 continue
-            # From here on the host waits for the device.
+            # Only from here on does the host wait for the device.
             state.seconds = time.monotonic() - self.began
             state.train_seconds += time.perf_counter() - clock
             if logging:
@@ -305,7 +305,7 @@ class _Training:
             clock = time.perf_counter()
 
     def _enough(self) -> bool:
-        """Whether patience is at an end, or the target reached."""
+        """Whether patience has run out or the target is reached."""
         train, best = self.cfg.train, self.state.best.get(f"val_{self.task.select}")
         if train.patience and self.state.since_best >= train.patience:
             return True
@@ -314,7 +314,7 @@ class _Training:
         return best >= train.target if self.task.maximize else best <= train.target
 
     def _log(self, loss_sum: float, evaluating: bool) -> None:
-        """The loss since the last call, and an evaluation, which may be a new best."""
+        """Logs the loss since the last call, and an evaluation, which may be a new best."""
         state = self.state
         values = {"train_loss": loss_sum / (state.step - state.loss_since)}
         state.loss_since = state.step
@@ -334,7 +334,7 @@ class _Training:
         self.progress.show(state.step, values)
 
     def _test(self) -> None:
-        """Of the last weights and of the best."""
+        """Tests the last and the best weights."""
         state, model = self.state, self.task.model
         values = self._evaluate("test", self.task.evaluate)
         state.last |= values | self._evaluate("test", self.task.evaluate_last)
@@ -348,7 +348,7 @@ class _Training:
         self._check(state.best)
 
     def _evaluate(self, split: str, function: Callable) -> dict[str, float]:
-        """On the first process, for all."""
+        """The numbers of an evaluation, done by the first process for all."""
         values = {}
         if self.rank == 0:
             self.task.model.eval()
@@ -363,13 +363,13 @@ class _Training:
                 raise Diverged(f"{key} was {value} at step {self.state.step}", self.state)
 
     def _save(self, needed: bool) -> None:
-        """Where none is needed, a disk that is full for a while ends no run."""
+        """Saves a checkpoint. A failure, as with a full disk, ends the run only if the checkpoint is needed."""
         if self.rank > 0:
             return
         parts = {"state": dataclasses.asdict(self.state), "best_weights": self.best_weights}
         try:
             checkpoints.save(self.folder, self.state.step, self.trainer.state_dict() | parts, self.belongs_to)
-        except (OSError, RuntimeError) as error:  # torch's writer has RuntimeError for a full disk
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             if needed:
                 raise
             text = f"{self.folder}: no checkpoint at step {self.state.step} ({error}); the run goes on"
@@ -377,7 +377,7 @@ class _Training:
 
 
 def lr_factor(train: Any, step: int) -> float:
-    """Of the learning rate at a step: linear warm-up, then constant or a cosine down to min_lr at the last step."""
+    """The factor of the learning rate: linear warm-up, then constant or a cosine down to min_lr at the last step."""
     if step < train.warmup_steps:
         return (step + 1) / (train.warmup_steps + 1)
     if train.schedule == "constant":
@@ -388,7 +388,7 @@ def lr_factor(train: Any, step: int) -> float:
 
 
 class _Progress:
-    """A bar for a person, and progress.json for a planner."""
+    """Shows a progress bar, and writes progress.json for the planner."""
 
     def __init__(self, cfg: Run, folder: Path, step: int, rank: int):
         self.steps, self.path, self.rank = cfg.train.steps, folder / "progress.json", rank
@@ -408,7 +408,7 @@ class _Progress:
         self.written, speed = now, (step - self.first) / (now - self.began)
         left = {"steps_per_second": speed, "seconds_left": (self.steps - step) / speed if speed else None}
         progress = {"step": step, "steps": self.steps, "loss": self.shown["train_loss"]}
-        with contextlib.suppress(OSError):  # of a disk that is full: the run does not need it
+        with contextlib.suppress(OSError):  # the run does not need the file, so a full disk is no error
             records.write_json(self.path, progress | left)
 
 

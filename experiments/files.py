@@ -1,4 +1,4 @@
-"""Files that are read whole, written whole, and held by one process at a time. Needs no torch."""
+"""Reads and writes whole files, and claims folders for one process at a time. Needs no torch."""
 
 import contextlib
 import difflib
@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 
 class Refusal(Exception):
-    """What was asked for can't be done, and nothing was run; the text says what to do."""
+    """The request cannot be carried out, and nothing was run; the text says what to do."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -20,7 +20,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Whole or not at all: written to a temporary name beside it, and renamed."""
+    """Writes a file atomically: under a temporary name beside it, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -36,7 +36,7 @@ def write(path: Path, content: str | bytes) -> None:
 def read(path: Path, error: type[Exception], most: int) -> bytes:
     """A regular file's content. Raises FileNotFoundError, and `error` for another kind of file, or a larger one.
 
-    A pipe would never end, and a device neither.
+    Reading a pipe or a device might never end.
     """
     try:
         size = regular(path, error)
@@ -50,7 +50,7 @@ def read(path: Path, error: type[Exception], most: int) -> bytes:
 
 
 def regular(path: Path, error: type[Exception]) -> int:
-    """Bytes of a regular file. Raises OSError where there is none, and `error` for another kind of file."""
+    """The size of a regular file in bytes. Raises OSError where there is none, and `error` for another kind of file."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise error(f"{path}: expected a file, got a {_kind(status.st_mode)}")
@@ -64,9 +64,9 @@ def _kind(mode: int) -> str:
 
 @contextlib.contextmanager
 def claim(folder: Path, name: str = "lock") -> Iterator[bool]:
-    """Whether this process has the folder to itself. Leaves nothing behind where nothing was written beside the lock.
+    """Whether this process has the folder to itself. Removes the folder if nothing was written beside the lock.
 
-    The system frees a claim with the process that held it, whatever ended that.
+    The system releases a claim when its process ends, however it ends.
     """
     lock = FileLock(folder / f".{name}", blocking=False, thread_local=False)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def claim(folder: Path, name: str = "lock") -> Iterator[bool]:
     try:
         yield True
     finally:
-        with contextlib.suppress(OSError):  # of a folder that is gone, or that another filled in between
+        with contextlib.suppress(OSError):  # another process may have removed or filled the folder
             if not any(other.name != f".{name}" for other in folder.iterdir()):
                 (folder / f".{name}").unlink()
                 folder.rmdir()

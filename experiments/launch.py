@@ -1,8 +1,8 @@
 """From a command line to a run: `python -m experiments.<experiment> key=value ...`, `-m` for a sweep. Needs no torch.
 
 Exit codes: 0 the run has its record, 1 it failed, 2 the command is wrong, 75 it stopped before its end (out of
-budget, told to stop, or another process is at it) and the same command goes on, 130 it was interrupted; with launchers
-of other processes such a run counts as failed.
+budget, told to stop, or claimed by another process) and the same command resumes it, 130 it was interrupted. Launchers
+that start other processes count such a run as failed.
 """
 
 import copy
@@ -35,7 +35,7 @@ UNFINISHED_OUTCOMES = {"paused", "stopped", "busy"}
 
 
 def quoted(text: str) -> str:
-    """For Hydra's grammar, which reads it whole: paths of ordinary people have brackets, commas and quotes."""
+    """The text quoted for Hydra's grammar, as ordinary paths have brackets, commas and quotes."""
     text = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return "'" + text.replace("${", "\\${") + "'"
 
@@ -44,7 +44,7 @@ SEARCH = f"hydra.searchpath=[{quoted(f'file://{CONFIGS}')}]"
 
 
 def _quote_paths(argument: str) -> str:
-    """A path that was not quoted for Hydra; the shell has taken its own quotes."""
+    """The argument with its path quoted for Hydra; the shell has removed the user's quotes."""
     key, found, value = argument.partition("=")
     if not found or key.lstrip("+") not in PATHS or value[:1] in ("'", '"', "") or value in ("null", "~"):
         return argument
@@ -52,7 +52,7 @@ def _quote_paths(argument: str) -> str:
 
 
 def main(experiment: str) -> None:
-    """The command line of an experiment; ends the process."""
+    """Runs the command line of an experiment, then ends the process."""
     config.register()
     # Hydra takes its flags before the settings only.
     sys.argv[1:] = sorted(map(_quote_paths, sys.argv[1:]), key=lambda a: a not in ("-m", "--multirun"))
@@ -74,7 +74,7 @@ def main(experiment: str) -> None:
 
 
 def in_one_line(error: Exception) -> str:
-    """What is wrong with a setting. Hydra's and OmegaConf's texts have more lines, on their own types."""
+    """The error of a setting in one line; Hydra and OmegaConf add lines about their own types."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if first.startswith("LexerNoViableAltException: "):
         setting = first.partition(": ")[2]
@@ -104,17 +104,17 @@ def _task(cfg: DictConfig) -> str:
 
 
 def compose(experiment: str, overrides: list[str]) -> dict[str, Any]:
-    """The whole configuration that a command line of these overrides gives, as records hold it."""
+    """The whole configuration that these overrides give, as records hold it."""
     return OmegaConf.to_container(_composed(experiment, overrides), resolve=True)
 
 
 def resolve(experiment: str, overrides: list[str]) -> config.Run:
-    """The same as the typed object that a runner takes, its values checked."""
+    """The configuration as the typed object that a runner takes, its values checked."""
     return OmegaConf.to_object(_composed(experiment, overrides))
 
 
 def _composed(experiment: str, overrides: list[str]) -> DictConfig:
-    """Hydra takes a tenth of a second for each; here it composes each choice of files once."""
+    """The composed configuration. Hydra takes 0.1 s for each, so each choice of files is composed only once."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     found = copy.deepcopy(_chosen(experiment, tuple(o.input_line for o in parsed if o.key_or_group in GROUPS)))
     for override in parsed:
@@ -132,7 +132,7 @@ def _chosen(experiment: str, choices: tuple[str, ...]) -> DictConfig:
 
 
 def command(main: Callable, *arguments: Any, refusals: tuple[type[Exception], ...] = ()) -> None:
-    """Ends the process with what `main` returns; a Refusal, and what else is expected, is said in one line."""
+    """Ends the process with the result of `main`; a Refusal or one of `refusals` is printed in one line."""
     try:
         sys.exit(main(*arguments))
     except (files.Refusal, *refusals) as error:
@@ -148,7 +148,7 @@ class CommandError(files.Refusal, ValueError):
 
 
 def settings_of(kind: type, doc: str, arguments: list[str]) -> Any:
-    """A dataclass of plain fields from key=value, for the commands that start no run; --help prints `doc` and ends.
+    """A dataclass of plain fields, read from key=value, for commands that start no run; --help prints `doc` and ends.
 
     Raises CommandError.
     """
@@ -174,9 +174,9 @@ def settings_of(kind: type, doc: str, arguments: list[str]) -> Any:
 
 
 def check(experiment: str, overrides: list[str], multirun: bool = False) -> None:
-    """ValueError for a key that does not exist, with the nearest that does, and for a value out of range.
+    """Raises ValueError for an unknown key, naming the nearest known one, and for a value out of range.
 
-    Hydra refuses such a key too, without a hint.
+    Hydra also refuses unknown keys, but without a hint.
     """
     parsed = OverridesParser.create().parse_overrides(overrides)
     groups = {name: found for name in GROUPS if (found := _files(experiment, name))}
@@ -205,13 +205,13 @@ def check(experiment: str, overrides: list[str], multirun: bool = False) -> None
 
 
 def _files(experiment: str, group: str) -> list[str]:
-    """What can be chosen of a group; empty where the experiment does not have it."""
+    """The choices of a group; empty where the experiment does not have the group."""
     folders = (CONFIGS / experiment / group, CONFIGS / group)
     return sorted(path.stem for folder in folders for path in folder.glob("*.yaml"))
 
 
 def _one(override: Override) -> str:
-    """A choice of a group; of a sweep its first."""
+    """The choice of a group; in a sweep, the first."""
     return f"{override.key_or_group}={_values(override)[0]}"
 
 

@@ -1,4 +1,4 @@
-"""What a number was measured with: hardware, versions, commit."""
+"""What a measurement was made with: hardware, versions, commit."""
 
 import ctypes
 import importlib.metadata
@@ -27,19 +27,19 @@ def hardware(device: str) -> dict[str, object]:
 
 @cache
 def _processor() -> dict[str, str]:
-    """What Linux says of the first one; nothing elsewhere."""
+    """The entries of the first processor in Linux's /proc/cpuinfo; empty elsewhere."""
     path = Path("/proc/cpuinfo")
     first = path.read_text().partition("\n\n")[0] if path.exists() else ""
     return dict(re.findall(r"^(.+?)\s*: (.*)$", first, re.MULTILINE))
 
 
 def name(hardware: dict[str, object]) -> str:
-    """What a time belongs to: the card; or the processor, its threads and the instruction set that torch found."""
+    """The machine's name: the card, or the processor with its threads and the instruction set that torch found."""
     return hardware.get("gpu") or f"{hardware['cpu']}, {hardware['threads']} threads ({hardware['vector']})"
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Of Python, torch, and the packages; None for one that is not installed."""
+    """The versions of Python, torch, and the packages; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
     for name in packages:
         try:
@@ -50,7 +50,7 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def commit(*folders: str) -> dict[str, object]:
-    """The commit, and whether the given folders are as it left them."""
+    """The commit, and whether the given folders are unchanged since it."""
 
     def git(*arguments):
         return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
@@ -63,7 +63,7 @@ def commit(*folders: str) -> dict[str, object]:
 
 
 def made_with(device: str, *packages: str) -> dict[str, dict[str, object]]:
-    """What a record says of how it came about."""
+    """A record's hardware, versions and commit."""
     return {
         "git": commit("minrnn", "experiments", "configs"),
         "versions": versions(*packages),
@@ -72,7 +72,7 @@ def made_with(device: str, *packages: str) -> dict[str, dict[str, object]]:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: allocated by torch on a GPU, resident in this process elsewhere."""
+    """The peak memory in bytes: allocated by torch on a GPU, resident in this process elsewhere."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -80,9 +80,9 @@ def peak_memory(device: str) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what torch frees: else each large tensor is faulted in anew, at ten times the cost of writing it.
+    """Makes glibc keep what torch frees; otherwise page faults make each large tensor ten times as slow to write.
 
-    A training process is the project's own, so it may set its allocator; elsewhere than on Linux this does nothing.
+    A training process belongs to the project, so it may set its allocator; outside Linux this does nothing.
     """
     if (libc := _glibc()) is not None:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -91,17 +91,17 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """What was kept, to the system: another process is to have it."""
+    """Returns kept memory to the system, for another process."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 
 
 @cache
 def fast_products() -> str:
-    """Has float32 matrix products of this process done by the library that is fastest on this processor; its name.
+    """Chooses this processor's fastest library for float32 matrix products in this process, and returns its name.
 
-    On AMD's processors with AVX-512, MKL, which torch takes, does half of what oneDNN does (115 and 260 GFLOP/s a core
-    of family 26). The processor decides, never a timing, so that a run that goes on after a stop computes the same.
+    On AMD's processors with AVX-512, torch's choice, MKL, is half as fast as oneDNN (115 and 260 GFLOP/s a core of
+    family 26). The processor decides, never a timing, so that a resumed run computes the same.
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or _processor().get("vendor_id") != "AuthenticAMD":
         return "torch"
@@ -115,7 +115,7 @@ def fast_products() -> str:
 
 
 _products = torch.library.Library("aten", "IMPL")
-SMALL = 2**18  # multiply-adds: below that torch's own is as fast
+SMALL = 2**18  # multiply-adds, below which torch's own kernel is as fast
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def _small(a: Tensor, b: Tensor) -> bool:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Rows or columns one after another: of others oneDNN has but a slow kernel."""
+    """The matrix with contiguous rows or columns, as oneDNN is slow on others."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""One run's time, the machine's own limit, and the check that comes before any number."""
+"""Measures the time of a run and the machine's limit, and checks results before they are timed."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ Call = Callable[[], object]
 
 
 def once(f: Call, device: str) -> float:
-    """Seconds of a run of `f`; on a GPU between two events."""
+    """The seconds of one run of `f`; on a GPU, between two events."""
     if device == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -36,7 +36,7 @@ def seconds(f: Call, device: str, at_least: float = 1.0, runs: tuple[int, int] =
 
 
 def summary(taken: list[float]) -> dict[str, float]:
-    """Of two runs or more."""
+    """The statistics of the seconds of two or more runs."""
     q1, median, q3 = statistics.quantiles(taken, n=4, method="inclusive")
     return {"median": median, "q1": q1, "q3": q3, "min": min(taken), "n": len(taken)}
 
@@ -54,7 +54,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def check(name: str, actual: Tensor, expected: Tensor, most: float) -> float:
-    """The relative error against what float64 gives. Raises ArithmeticError: it is more than `most`, or no number."""
+    """The relative error against the float64 result. Raises ArithmeticError: it is more than `most`, or is NaN."""
     error = relative_error(actual.cpu(), expected.cpu())
     if not error <= most:
         raise ArithmeticError(f"{name}: off by {error:.1e} of the result in float64, allowed {most:.0e}")

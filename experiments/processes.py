@@ -15,7 +15,7 @@ from .config import Run
 
 
 def device_of(cfg: Run) -> torch.device:
-    """This process's, set as the current one; and the number of threads."""
+    """The device of this process, set as the current one; sets the number of threads too."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     name = cfg.device
@@ -46,8 +46,8 @@ def group(cfg: Run, device: torch.device, world: int) -> Iterator[None]:
     try:
         yield
     finally:
-        # What still refers to the group, such as DistributedDataParallel in a cycle, would else be freed after the
-        # interpreter, where gloo's threads abort the process.
+        # Otherwise whatever refers to the group, such as DistributedDataParallel in a cycle, would be freed after the
+        # interpreter, and gloo's threads would abort the process.
         gc.collect()
         dist.destroy_process_group()
 
@@ -62,7 +62,7 @@ def from_first(value: Any, world: int) -> Any:
 
 
 def mean(total: Tensor, world: int) -> float:
-    """Over the processes."""
+    """The mean of a value over the processes."""
     if world > 1:
         dist.all_reduce(total)
     return total.item() / world

@@ -16,7 +16,7 @@ NUMBERS = re.compile(r"\[\n([^\[\]{}\"]*)\]")  # a list of them, with an indent;
 
 
 class RecordError(files.Refusal, ValueError):
-    """A record that is not what it should be; the text names it and says what to do."""
+    """An invalid record; the text names it and says what to do."""
 
 
 def record_path(results_dir: str | Path, experiment: str, run_id: str) -> Path:
@@ -24,25 +24,25 @@ def record_path(results_dir: str | Path, experiment: str, run_id: str) -> Path:
 
 
 def work_dir(output_dir: str | Path, experiment: str, run_id: str) -> Path:
-    """Where a run's checkpoints, log and progress are."""
+    """The folder of a run's checkpoints, log and progress."""
     return Path(output_dir) / experiment / run_id
 
 
 def header(settings: dict[str, Any], **made_with: Any) -> dict[str, Any]:
-    """What every record begins with: the settings of its run, and by what and when it was made."""
+    """The first entries of every record: its run's settings, and how and when it was made."""
     first = {"schema_version": SCHEMA_VERSION, "run_id": config.run_id(settings)}
     first |= {key: settings[key] for key in ("experiment", "profile")} | {"config": settings, "seed": settings["seed"]}
     return first | made_with | {"started": time.time()}
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all; a list of numbers, such as the point of a curve, on one line, for diffs that can be read."""
+    """Writes JSON atomically; lists of numbers, such as a curve's point, take one line, for readable diffs."""
     text = json.dumps(value, indent=1, allow_nan=False)
     files.write(path, NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
 
 
 def read_json(path: Path, again: str = "remove it to have the run done again") -> dict[str, Any]:
-    """Raises FileNotFoundError, and RecordError for what is no JSON object of finite numbers, with what to do."""
+    """The JSON object in a file. Raises FileNotFoundError, and RecordError if it is not one of finite numbers."""
     try:
         found = json.loads(files.read(path, RecordError, MOST_BYTES).decode(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -59,10 +59,10 @@ def _refuse(constant: str) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """None where there is none.
+    """The record in a file, or None where there is no file.
 
-    Raises RecordError: it cannot be read, is of another schema, lacks something, or is not what its folder and the
-    hash of its settings say.
+    Raises RecordError: it cannot be read, has another schema, lacks something, or does not match its folder or the
+    hash of its settings.
     """
     try:
         record = read_json(path)
@@ -79,7 +79,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def _problem(path: Path, record: dict[str, Any]) -> str | None:
-    measured = record.get("experiment") == "efficiency"  # which has points, in place of a seed and metrics
+    measured = record.get("experiment") == "efficiency"  # it has points instead of a seed and metrics
     kinds = {"run_id": str, "experiment": str, "profile": str, "config": dict}
     kinds |= {} if measured else {"seed": int, "metrics": dict}
     for key, kind in kinds.items():
@@ -107,7 +107,7 @@ def _problem(path: Path, record: dict[str, Any]) -> str | None:
 
 
 def read_records(results_dir: str | Path, experiment: str) -> list[dict[str, Any]]:
-    """All of an experiment, in the order of their ids."""
+    """All records of an experiment, in the order of their ids."""
     paths = sorted((Path(results_dir) / "runs" / experiment).glob("*/record.json"))
     return [record for path in paths if (record := read_record(path))]
 
@@ -118,7 +118,7 @@ def is_final(record: dict[str, Any] | None) -> bool:
 
 
 def thin(points: list[list[float]], most: int = CURVE_POINTS) -> list[list[float]]:
-    """At most so many of a curve's points, evenly spread, the last one among them."""
+    """At most `most` of a curve's points, evenly spread, the last one included."""
     if len(points) <= most:
         return points
     return [points[round((i + 1) * len(points) / most) - 1] for i in range(most)]

@@ -21,7 +21,7 @@ def noise_seed(seed: int, step: int, rank: int = 0) -> int:
 
 
 def eval_seed(split: str, batch: int) -> int:
-    """Of a fixed set, the same for every run; `split` is "val" or "test"."""
+    """The seed of a fixed evaluation batch, the same for every run; `split` is "val" or "test"."""
     return {"val": 2, "test": 3}[split] * QUARTER + batch
 
 

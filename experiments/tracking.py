@@ -7,7 +7,7 @@ from .config import Run, group_id
 
 
 class Tracker(contextlib.AbstractContextManager):
-    """Takes everything and does nothing."""
+    """Accepts every call and does nothing."""
 
     def __exit__(self, *exception) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Trained models, of a run whose checkpoint is at hand or of those that come with the repository.
+"""Loads trained models, from a run's checkpoint or from the weights that come with the repository.
 
 `results/weights/<experiment>-<model>/` is laid out as on Hugging Face's Hub: model.safetensors, config.json (the run's
 settings, facts of its data, its losses, the checksum of the weights) and README.md, the model card. `python -m
@@ -29,7 +29,7 @@ class Trained:
     """Attributes:
     file: what the weights came from; for messages.
     cfg: the run's settings.
-    facts: of the data it was trained on: vocabulary, or normalisation and environment.
+    facts: about its training data: vocabulary, or normalisation and environment.
     weights: by name; floating tensors of any precision.
     stated: the metrics that its record or card states for these weights.
     """
@@ -55,7 +55,7 @@ class Choice:
     """The settings by which a command finds a trained model."""
 
     run: str = ""
-    model: str = "mingru"  # of the weights that come with the repository, where there is no run
+    model: str = "mingru"  # of the weights that come with the repository, if no run is given
     results_dir: str = "results"
     output_dir: str = "outputs"
 

@@ -1,9 +1,9 @@
-"""`make bench`: scans, layers, training steps and a policy on this machine, beside others' and beside a copy.
+"""`make bench`: times scans, layers, training steps and a policy here, beside other libraries' and beside a copy.
 
     python -m scripts.bench [key=value ...]      settings of experiments.efficiency: profile=paper device=cpu budget=600
 
-Each part is an ordinary run of experiments.efficiency (profile paper on a GPU, else cpu), done once for a machine;
-tables and figures are then drawn anew. What is removed from results/runs/efficiency is measured again.
+Each part is an ordinary run of experiments.efficiency (profile paper on a GPU, else cpu), done once per machine;
+tables and figures are then drawn anew. A record removed from results/runs/efficiency is measured again.
 """
 
 import argparse

@@ -8,11 +8,11 @@
     output_dir=  keeps the finished training, in collect/<env>-<seed>/
     threads=     of the processor
 
-The levels are made as D4RL made its own (arXiv 2004.07219, section 5), on gymnasium's physics: medium is what a policy
-does whose score is that of D4RL's medium set; medium-replay all that it had learned from by then; medium-expert the
-rows of medium, then what the best policy of the training does. But D4RL's learner is SAC everywhere, and here it is PPO
-where that is faster and TQC (arXiv 2005.04269) elsewhere: their logs are no replay buffers of SAC, and a score on these
-files is not one on D4RL's.
+The levels follow D4RL's (arXiv 2004.07219, section 5), on gymnasium's physics: medium holds episodes of a policy whose
+score is that of D4RL's medium set; medium-replay all episodes that this policy had learned from; medium-expert the rows
+of medium, then episodes of the training's best policy. D4RL's learner is SAC everywhere, but here it is PPO where that
+is faster and TQC (arXiv 2005.04269) elsewhere: their logs are not SAC's replay buffers, and scores on these files do
+not compare with scores on D4RL's.
 """
 
 import sys

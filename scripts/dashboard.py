@@ -14,7 +14,7 @@ GROUPED = {"groupby": "group", "groupby_aggfunc": "mean", "groupby_rangefunc": "
 
 
 def panels() -> dict[str, list]:
-    """By section. Lines are groups of seeds: their mean, with a band from the least to the largest."""
+    """The dashboard's panels by section. A line is the mean over a group of seeds, in a band from least to largest."""
 
     def line(title: str, name: str, x: str = "Step", **options) -> wr.LinePlot:
         return wr.LinePlot(title=title, x=x, y=[name], **GROUPED, **options)

@@ -36,7 +36,7 @@ PARTS = {"tests": "kernel tests", "bench": "kernel benchmark", "efficiency": "ef
 
 
 def sources() -> str:
-    """A hash of the code here, which may be no clone and have no git."""
+    """A hash of the code here; git may be absent."""
     files = sorted(path for folder in ("minrnn", "experiments", "tests") for path in Path(folder).rglob("*.py"))
     files += sorted(Path("configs/efficiency").rglob("*.yaml"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
@@ -56,7 +56,7 @@ class Session:
         if not self.claim.__enter__():
             sys.exit(f"error: another process works in {WORK}")
         state = state or out / "state.tar.gz"
-        if state.exists():  # else what a call that was killed left there is gone on with
+        if state.exists():  # otherwise the files of a killed call serve
             for path in WORK.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -102,7 +102,7 @@ class Session:
         return code
 
     def part(self, name: str, command: list[str]) -> None:
-        """Once for the same sources; a failure is said and does not keep the rest from being done."""
+        """Runs a part once for the same sources; a failure is reported and does not stop the rest."""
         if self.left <= 0:
             return
         if self.done.get(name) == self.sources:
@@ -151,7 +151,7 @@ class Session:
         return [records.read_record(path) for path in sorted((WORK / "results" / "runs").glob("*/*/record.json"))]
 
     def pack(self) -> None:
-        """state.tar.gz, whole or not at all, and summary.md."""
+        """Writes state.tar.gz, atomically, and summary.md."""
         finished = {record["run_id"] for record in self.records() if records.is_final(record)}
         temporary = self.out / ".state.tar.gz"
         with tarfile.open(temporary, "w:gz", compresslevel=1) as archive:
@@ -166,7 +166,7 @@ class Session:
 
 
 def bring_home(out: Path) -> None:
-    """Records into results/; what is there already and final stays."""
+    """Copies records into results/; final ones that are there already stay."""
     results, copied = Path("results"), 0
     with tarfile.open(out / "state.tar.gz") as archive:
         for member in archive.getmembers():

@@ -17,7 +17,7 @@ from experiments.launch import command
 
 
 def unsayable(config: dict[str, Any]) -> str | None:
-    """Why this run of schema 1 is none that can be done today; None where it can."""
+    """The reason why this run of schema 1 cannot be expressed today, or None."""
     model = config.get("model", {})
     inner, wrapping = model.get("inner"), model.get("wrapping")
     if config["experiment"] == "decision":
@@ -49,7 +49,7 @@ def migrated(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def migrate(results_dir: Path) -> Iterator[str]:
-    """A line for each record of schema 1."""
+    """Migrates the records of schema 1, and yields a line for each."""
     for path in sorted(results_dir.glob("runs/*/*/record.json")):
         record = records.read_json(path)
         if record.get("schema_version") != 1:

@@ -25,7 +25,7 @@ def main() -> int:
     arguments = parse()
     profile = arguments.profile or ("paper" if has_gpu() else "cpu")
     arguments.results_dir = arguments.results_dir or ("outputs/smoke" if profile == "smoke" else "results")
-    if arguments.output_dir is None:  # a checkpoint of one folder's run is not another's
+    if arguments.output_dir is None:  # each results folder has its own checkpoints
         arguments.output_dir = "outputs" if arguments.results_dir == "results" else f"{arguments.results_dir}/outputs"
     workers = arguments.workers or (1 if has_gpu() else cores())
     plan = selected(runs(profile, arguments.seeds), arguments.only)
@@ -76,7 +76,7 @@ def main() -> int:
         print("efficiency was not come to; the same command goes on with it", flush=True)
         parts = []
     measured = measure(planner, profile, parts, places) if parts else 0
-    figures.write_all(arguments.results_dir)  # before the report, which shows those that are there
+    figures.write_all(arguments.results_dir)  # before the report, which shows the existing ones
     renew()
     why = "told to stop" if planner.signal else "out of budget" if planner.stopping else "not all runs could be done"
     counts = conclude(planner, profile, why)
@@ -97,7 +97,7 @@ def _budget(seconds: float | None) -> list[str]:
 
 
 def measure(planner: Planner, profile: str, parts: list[str], places: list[str]) -> int:
-    """Efficiency, alone on the machine; its exit code. The number of processes at once is not its."""
+    """Measures efficiency, alone on the machine, whatever the number of workers; returns the exit code."""
     code = planner.alone(efficiency.command(parts, profile, [*places, *_budget(planner.seconds)]))
     return UNFINISHED if planner.stopping and code == -signal.SIGTERM else code
 
@@ -128,7 +128,7 @@ def parse() -> argparse.Namespace:
 
 
 def selected(plan: list[Run], only: str | None) -> list[Run]:
-    """Those with `only` in a name; without it all but those that nobody does unless asked."""
+    """The runs with `only` in a name; without `only`, all but those done only on request."""
     if only is not None:
         return [run for run in plan if _named(run.labels, only)]
     return [run for run in plan if not run.asked]
@@ -152,7 +152,7 @@ def _seeds(text: str) -> int:
 
 
 def check(run: Run, settings: list[str]) -> None:
-    """That these overrides exist and leave the runs what they are."""
+    """Checks that these overrides exist and do not change the runs' ids."""
     try:
         launch.check(run.experiment, [*run.overrides, *settings])
         config = compose(run.experiment, [*run.overrides, f"seed={run.seed}", *settings])

@@ -76,7 +76,7 @@ class Row:
 
 
 def _tokens(config: dict[str, Any]) -> int:
-    """Of a step, as the experiments count them."""
+    """The tokens of a step, as the experiments count them."""
     data, batch = config["data"], config["train"]["batch_size"]
     lengths = {
         "selective_copy": lambda: data["length"] + data["tokens"],
@@ -122,7 +122,7 @@ def language_work(cfg: CharLM) -> Work:
 def decision_work(cfg: Decision) -> Work:
     states, actions = _sizes(cfg)
     shape = (cfg.train.batch_size // cfg.micro_batches, cfg.data.context_length)
-    # The mask takes all: what a boolean one takes has no size before it is computed.
+    # The mask `...` selects all, as a boolean mask's result has no size before it is computed.
     part = (torch.zeros(*shape, 1), torch.zeros(*shape, states), torch.zeros(*shape, actions), _ids(*shape), ...)
     return decision.model(cfg, states, actions), decision.loss, part, []
 
@@ -139,7 +139,7 @@ def _evaluations(cfg: Run) -> int:
 
 
 def costs(cfg: Run) -> tuple[Cost, list[tuple[int, Cost]]]:
-    """Of a training step as `experiments.engine` does it, and of the forward passes of its evaluations."""
+    """The costs of a training step as `experiments.engine` does it, and of the forward passes of its evaluations."""
     if cfg.train.precision != "fp32":
         raise ValueError(f"train.precision: expected fp32, whose rate the limits hold, got {cfg.train.precision}")
     with FakeTensorMode():
@@ -157,14 +157,14 @@ def costs(cfg: Run) -> tuple[Cost, list[tuple[int, Cost]]]:
 
 
 def _alike(cfg: Run) -> str:
-    """The same for configurations that cost the same: of a dataset only its environment's sizes matter."""
+    """A key that configurations of equal cost share; only the sizes of a dataset's environment matter."""
     if isinstance(cfg, Decision):
         cfg = replace(cfg, data=replace(cfg.data, dataset=str(_sizes(cfg))))
     return repr(replace(cfg, train=replace(cfg.train, learning_rate=1.0)))
 
 
 def rows(runs: list[grid.Run], records: Iterable[dict[str, Any]], device: str) -> list[Row]:
-    """Work that differs in cost, in the grid's order; a row for each kind of machine that has records of it."""
+    """The rows in the grid's order: one for each cost and each kind of machine that has records of it."""
     recorded: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if record["status"] == "done" and record["hardware"]["device"] == device:
@@ -186,7 +186,7 @@ def rows(runs: list[grid.Run], records: Iterable[dict[str, Any]], device: str) -
 
 
 def limits(device: str, threads: int) -> tuple[Machine, int]:
-    """Of this machine for one run, while others of as many threads keep its other cores busy; and how many others."""
+    """The limits of this machine for one run while processes as large keep the other cores busy, and their number."""
     machine.keep_freed_memory()
     if device == "cuda":
         return here(device), 0
@@ -211,7 +211,7 @@ def limits(device: str, threads: int) -> tuple[Machine, int]:
 
 
 def _keep_busy(threads: int, ready: Any) -> None:
-    """Copies for ever."""
+    """Copies memory for ever."""
     torch.set_num_threads(threads)
     source = torch.ones(1 << 25)
     target = source.clone()
@@ -224,7 +224,7 @@ def _keep_busy(threads: int, ready: Any) -> None:
 
 
 def comparable(row: Row, device: str, threads: int) -> bool:
-    """Whether the records are of a machine like this, so that its limits are theirs."""
+    """Whether the records are from a machine like this, so that its limits apply."""
     mine = machine.hardware(device)
     names = ("gpu",) if device == "cuda" else ("cpu", "cores", "vector")
     same = all(r["hardware"].get(name) == mine[name] for r in row.records for name in names)
@@ -279,7 +279,7 @@ def caption(hardware: list[str], mine: Machine, others: int, device: str, thread
 
 
 def long(found: list[Row], mine: Machine) -> str:
-    """The csv's text: one line a run and machine, in bytes, operations and seconds."""
+    """The csv's text: one line per run and machine, in bytes, operations and seconds."""
     lines = []
     for row in found:
         for limit in (T4, mine):

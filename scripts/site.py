@@ -1,4 +1,4 @@
-"""What mkdocs does beside its own (see mkdocs.yml): pages link to the repository as it lies on disk.
+"""Hooks of mkdocs (see mkdocs.yml), as pages link to the repository as it lies on disk.
 
 Figures of results/ come into the site; links to other files outside docs/ go to the public repository.
 """
@@ -30,5 +30,5 @@ def _inside(match: re.Match) -> str:
 
 
 def _apart(markdown: str) -> str:
-    """Python-Markdown wants a blank line between a comment and a table or a list."""
+    """The page with the blank lines that Python-Markdown needs between a comment and a table or list."""
     return re.sub(r"^(<!-- /?[\w:]+ -->)$", r"\n\1\n", markdown, flags=re.MULTILINE)

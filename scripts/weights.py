@@ -1,8 +1,8 @@
-"""Makes weights that come with the repository of a run's checkpoint: `python -m scripts.weights charlm run=<id>`.
+"""Turns a run's checkpoint into weights for the repository: `python -m scripts.weights charlm run=<id>`.
 
 Writes results/weights/<experiment>-<model>/: model.safetensors in half precision, config.json and the model card. The
-losses in it are those of the weights as they are written; the run's own stand beside them. A policy's scores stay the
-run's, whose episodes cost minutes, and are said to be.
+losses in it are those of the written weights, beside the run's own. A policy's scores are the run's, as episodes cost
+minutes, and the card says so.
 """
 
 import hashlib
@@ -103,7 +103,7 @@ library_name: minrnn
 
 
 def export(experiment: str, given: Settings) -> Path:
-    """The folder that was written."""
+    """Writes the weights and returns their folder."""
     which = "best" if experiment == "charlm" else "last"
     found = trained.of_run(experiment, given.run, which, given.results_dir, given.output_dir)
     record = read_record(record_path(given.results_dir, experiment, given.run))

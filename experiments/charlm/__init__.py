@@ -8,9 +8,9 @@ and blocks of 4, a training sequence is
     target   e l l o
 
 `val_loss` is nanoGPT's estimate, over random blocks of the validation text (the same ones at every step and in every
-run); `test_loss`, at the end, is of all of the validation text, in blocks one after another, each from nothing: there
-is no third part. With `eval.whole` `val_loss` is of all of it too, and the estimate is `test_estimate`: at the paper's
-scale an estimate is of 3.3 million characters, thirty times the text. All are nats per character.
+run). There is no third part: `test_loss`, at the end, covers the whole validation text in consecutive blocks, each
+from an empty state. With `eval.whole`, `val_loss` covers the whole text too, and the estimate is `test_estimate`: at
+the paper's scale an estimate reads 3.3 million characters, thirty times the text. All are nats per character.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from .. import data, engine, files
 from ..config import TEXTS, CharLM
 from ..seeds import eval_seed, train_seed
 
-MOST_BYTES = 2**30  # of a text, whose characters are all held in memory
+MOST_BYTES = 2**30  # of a text: all its characters are held in memory
 
 
 class Text:
@@ -48,7 +48,7 @@ class Text:
         self.train, self.val = everything[:cut], everything[cut:]
 
     def batch(self, part: Tensor, batch_size: int, block: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, block): random blocks, a function of the seed on a kind of device."""
+        """Inputs and targets (B, block): random blocks that depend only on the seed and the kind of device."""
         generator = torch.Generator(part.device).manual_seed(seed)
         starts = torch.randint(len(part) - block, (batch_size, 1), generator=generator, device=part.device)
         places = starts + torch.arange(block, device=part.device)
@@ -56,10 +56,10 @@ class Text:
 
 
 def read(cfg: CharLM, device: torch.device | str) -> Text:
-    """The text of `data.path`, or `data.text`.
+    """The text of `data.path`, or else `data.text`.
 
-    Raises DataError: no such file, another than data.sha256 says, not UTF-8, or too short for a block in each of its
-    parts.
+    Raises DataError: the file is missing, does not match data.sha256, is not UTF-8, or is too short for a block in
+    each part.
     """
     if cfg.data.path is None and cfg.data.text == "python_docs":
         path, content = "python_docs", data.python_docs().encode()
@@ -84,15 +84,15 @@ def read(cfg: CharLM, device: torch.device | str) -> Text:
 
 
 def identify(cfg: CharLM) -> CharLM:
-    """With the checksum of the text at data.path, which is what makes it another run: not the file's name.
+    """The configuration with the checksum of the text at data.path, as the text identifies a run, not its file's name.
 
-    A text that has a name of its own is that one, wherever it lies. Raises DataError as `read`.
+    A text known by name keeps that name, wherever its file is. Raises DataError as `read` does.
     """
     settings, named = cfg.data, {file.sha256: name for name, file in data.FILES.items()}
     if settings.path is not None:
         found = hashlib.sha256(_bytes(settings.path)).hexdigest()
         if settings.sha256 not in (None, found):
-            read(cfg, "cpu")  # says so
+            read(cfg, "cpu")  # raises the error
         settings = dataclasses.replace(settings, text=named.get(found, TEXTS[0]), sha256=found)
     if settings.sha256 in named:
         settings = dataclasses.replace(settings, text=named[settings.sha256], sha256=None)
@@ -119,7 +119,7 @@ def metrics(cfg: CharLM, text: Text, model: nn.Module, split: str) -> dict[str, 
 
 
 def estimated_loss(cfg: CharLM, text: Text, model: nn.Module) -> float:
-    """nanoGPT's estimate: over random blocks of the validation text, the same ones in every call."""
+    """nanoGPT's estimate of the loss, over random blocks of the validation text, the same ones in every call."""
     total = 0.0
     for i in range(cfg.eval.iters):
         total += loss(model, text.batch(text.val, cfg.eval.batch_size, cfg.data.block_size, eval_seed("val", i))).item()
@@ -127,7 +127,7 @@ def estimated_loss(cfg: CharLM, text: Text, model: nn.Module) -> float:
 
 
 def whole_loss(cfg: CharLM, part: Tensor, model: nn.Module) -> float:
-    """Over every character but the first: blocks one after another, the last one shorter."""
+    """The mean loss over every character but the first, in consecutive blocks, the last one shorter."""
     block, total = cfg.data.block_size, 0.0
     most = max(1, 2**14 // block)  # sequences at a time
     count = (len(part) - 1) // block
@@ -141,7 +141,7 @@ def whole_loss(cfg: CharLM, part: Tensor, model: nn.Module) -> float:
 
 
 def model(cfg: CharLM, vocab: int) -> TokenModel:
-    """For so many characters."""
+    """The configured model for a vocabulary of `vocab` characters."""
     block = cfg.data.block_size
     return TokenModel(vocab, vocab, mixer=make(**cfg.model.mixer(block)), **cfg.model.backbone(block))
 

@@ -1,9 +1,9 @@
-"""The loss of a trained character model on the whole validation text, beside the one that is stated of it.
+"""The loss of a trained character model on the whole validation text, beside the loss that is stated for it.
 
     python -m experiments.charlm.evaluate model=transformer
     python -m experiments.charlm.evaluate run=<id> weights=last
 
-Without `run` the weights are those that come with the repository, of `model` (results/weights/charlm-*).
+Without `run`, the weights are those of `model` that come with the repository (results/weights/charlm-*).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from . import model, read, sample, whole_loss
 
 @dataclass
 class Settings(sample.Choice):
-    path: str = ""  # of the text, where it is not found by itself
+    path: str = ""  # of the text, if it is not found automatically
 
 
 parse = partial(settings_of, Settings, __doc__)

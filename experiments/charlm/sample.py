@@ -1,13 +1,13 @@
-"""Text from a trained character model, as it is made.
+"""Text from a trained character model, printed as it is generated.
 
     python -m experiments.charlm.sample prompt="ROMEO:" tokens=500 temperature=0.8 top_k=20 --stats
     python -m experiments.charlm.sample run=<id>
 
-Without `run` the weights are those that come with the repository, of `model` (results/weights/charlm-*).
+Without `run`, the weights are those of `model` that come with the repository (results/weights/charlm-*).
 The prompt is read in parallel, then one character follows another: a recurrent model carries its state (and its
 convolution's window), of the same size however long the text gets; a Transformer keeps keys and values, and when its
-learned positions are used up it reads the later half of them again, at the first positions. --stats adds how fast it
-was and how large the state.
+learned positions are used up it reads the later half of the text again, at the first positions. --stats adds the speed
+and the size of the state.
 """
 
 import sys
@@ -47,10 +47,10 @@ class Choice(trained.Choice):
 
 @dataclass
 class Settings(Choice):
-    prompt: str = ""  # empty: a line end, or the first of the text's characters where it has none
+    prompt: str = ""  # empty: a line end, or the first character of a vocabulary without one
     tokens: int = 500
-    temperature: float = 0.8  # 0 takes the likeliest
-    top_k: int = 0  # choose among so many; 0: all
+    temperature: float = 0.8  # 0: always the likeliest character
+    top_k: int = 0  # choose among the likeliest top_k; 0: all
     seed: int = 0
 
     def __post_init__(self):
@@ -74,7 +74,7 @@ def load(settings: Settings) -> tuple[TokenModel, str]:
 
 @torch.inference_mode()
 def generate(model: TokenModel, prompt: Tensor, settings: Settings) -> Iterator[tuple[int, object]]:
-    """Ids, one after another, each with the state before it."""
+    """Yields generated ids one at a time, each with the state before it."""
     generator = torch.Generator(prompt.device).manual_seed(settings.seed)
     most = model.positions.num_embeddings if model.positions is not None else None
     tokens = prompt.tolist()
@@ -90,7 +90,7 @@ def generate(model: TokenModel, prompt: Tensor, settings: Settings) -> Iterator[
 
 
 def start(model: TokenModel, prompt: Tensor, most: int | None) -> tuple[Tensor, object]:
-    """Logits (1, vocabulary) after the prompt, read at once, and the state."""
+    """Logits (1, vocabulary) and the state after the prompt, which is read in parallel."""
     tokens = prompt[None] if most is None else prompt[None, -most:]
     logits, state = model(tokens, model.initial_state(1), last=1)
     return logits[:, 0], state

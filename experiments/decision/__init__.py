@@ -2,32 +2,31 @@
 
 Decision Transformer's protocol (arXiv 2106.01345; https://github.com/kzl/decision-transformer/blob/
 e2d82e68f330c00f763507b3b01d774740bee53f/gym/experiment.py) around any mixer: from the return-to-go, the state, and the
-steps before, the model is to say which action was taken. With a context length of 2 and three tokens a step, a window
+steps before, the model predicts which action was taken. With a context length of 2 and three tokens a step, a window
 of an episode is
 
     input     R1 s1 a1 R2 s2 a2
     target       a1       a2
 
-and the loss the mean square over the actions.
+and the loss is the mean square error of the actions.
 
-A score is the mean return of whole episodes in the environment, `eval.episodes` of them, in percent of an expert's
-(D4RL's normalisation). val's and test's episodes begin from different seeds, those of different targets and ways to
-look back from the same ones.
+A score is the mean return of `eval.episodes` whole episodes in the environment, in percent of an expert's (D4RL's
+normalisation). Episodes of val and of test begin from different seeds; different targets and context lengths use the
+same seeds.
 
-    val_score, test_score           asked for the first of Decision Transformer's targets, looking back as
-                                    eval.context_length says
-    test_score_carried              the same with the state carried through the episode (of what has a recurrent form)
+    val_score, test_score           with the first of Decision Transformer's targets and eval.context_length
+    test_score_carried              the same with the state carried through the episode (for recurrent models)
     test_score_window               the same with the last steps read anew at each step, data.context_length of them
                                     where eval.context_length is null, padded on the left where data.padding is left
-    test_score_second_target        asked for the second of Decision Transformer's targets (facts.target_returns)
-    test_score_at_<score>           asked for TARGETS
+    test_score_second_target        with the second of Decision Transformer's targets (facts.target_returns)
+    test_score_at_<score>           with TARGETS
 
-the last two of the last weights alone.
+The last two are measured for the last weights only.
 
-Others report the last evaluation in training, or the best: the best is chosen by the episodes that it is reported by,
-which is worth 3.65 points on average over D4RL's nine sets for one and the same runs (CORL's README). Here the last is
-`last.test_score`; what others call best is `best.val_score`; and the weights of that point, on episodes that did not
-choose them, give `best.test_score`.
+Others report the last evaluation in training, or the best. They choose the best by the same episodes that they report,
+which is worth 3.65 points on average over D4RL's nine sets for the same runs (CORL's README). Here the last is
+`last.test_score`, what others call best is `best.val_score`, and `best.test_score` is the score of the same weights on
+episodes that did not choose them.
 """
 
 from functools import partial
@@ -50,13 +49,13 @@ TARGETS = (20, 60, 100)  # scores
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    """Mean square over the real steps of a batch of windows."""
+    """The mean square error over the real steps of a batch of windows."""
     returns_to_go, states, actions, timesteps, mask = batch
     return (model(returns_to_go, states, actions, timesteps) - actions)[mask].square().mean()
 
 
 def evaluate(cfg: Decision, dataset: data.Dataset, model: DecisionModel, split: str) -> dict[str, float]:
-    """Asked for the first target; in test with the state carried and without."""
+    """The score, return and length with the first target; in test also the scores with and without carried state."""
     lookback = {"window": cfg.eval.context_length or cfg.data.context_length}
     if recurrent(cfg):
         lookback["carried"] = None
@@ -71,7 +70,7 @@ def evaluate(cfg: Decision, dataset: data.Dataset, model: DecisionModel, split: 
 
 
 def evaluate_last(cfg: Decision, dataset: data.Dataset, model: DecisionModel, split: str) -> dict[str, float]:
-    """Asked for the second target, and for TARGETS."""
+    """The scores with the second target and with each of TARGETS."""
     environment = data.ENVIRONMENTS[dataset.env]
     low, high = environment.reference
     second = environment.targets[1]
@@ -83,7 +82,7 @@ def evaluate_last(cfg: Decision, dataset: data.Dataset, model: DecisionModel, sp
 
 
 def play(cfg, dataset, model, split, targets, context_length) -> tuple[np.ndarray, np.ndarray]:
-    """Returns and lengths, (targets, eval.episodes) each."""
+    """The returns and lengths of episodes, each (targets, eval.episodes)."""
     device = next(model.parameters()).device
     mean, std = (torch.as_tensor(x, device=device) for x in (dataset.mean, dataset.std))
     n = cfg.eval.episodes
@@ -95,7 +94,7 @@ def play(cfg, dataset, model, split, targets, context_length) -> tuple[np.ndarra
 
 
 def recurrent(cfg: Decision) -> bool:
-    """Whether there is a state of fixed size. Attention's grows, and it was trained on no more than a window."""
+    """Whether the model has a state of fixed size. Attention's grows, though it was trained on one window at most."""
     return cfg.model.name != "attention" and getattr(cfg.model, "inner", None) != "hyena"
 
 
@@ -107,7 +106,7 @@ def model(cfg: Decision, state_dim: int, act_dim: int) -> DecisionModel:
 
 
 def normalization(found: Trained) -> dict[str, list[float]]:
-    """Of a policy's inputs, by the set that it was trained on. Raises ValueError: what is here is another."""
+    """The mean and deviation of the dataset that a policy was trained on. Raises ValueError: the local file differs."""
     name, expected = found.cfg.data.dataset, found.facts["dataset_sha256"]
     dataset = data.read(data.find(name), name)
     if dataset.sha256 != expected:

@@ -1,15 +1,15 @@
-"""Offline data of MuJoCo locomotion: D4RL's HDF5 files, local ones of the same schema, Minari's; windows to train on.
+"""Offline data of MuJoCo locomotion (D4RL's HDF5 files, local ones of the same schema, Minari's) and training windows.
 
 A file holds the steps of many episodes one after another: `observations` (N, S), `actions` (N, A), `rewards` (N,),
-`terminals` (N,), and if need be `timeouts` (N,), `next_observations` (N, S) and a group `metadata`. With the ends
-marked so, and a context length of 3,
+`terminals` (N,), and optionally `timeouts` (N,), `next_observations` (N, S) and a group `metadata`. With these ends and
+a context length of 3,
 
     row          0  1  2  3  4  5  6
     reward       1  2  4  1  1  3  9
     terminals    .  .  x  .  .  .  .
     timeouts     .  .  .  .  .  x  .
 
-there are two episodes, rows 0 to 2 and 3 to 5 (row 6 belongs to none that is whole), and the window that begins at
+there are two episodes, rows 0 to 2 and 3 to 5 (row 6 belongs to an incomplete one), and the window that begins at
 row 4 is
 
     row            4     5     padding
@@ -17,14 +17,14 @@ row 4 is
     timestep       1     2     0
     mask           true  true  false
 
-which is Decision Transformer's rule (https://github.com/kzl/decision-transformer, commit e2d82e6,
-gym/data/download_d4rl_datasets.py and gym/experiment.py), but for the side of the padding: see Windows.
+This is Decision Transformer's rule (https://github.com/kzl/decision-transformer, commit e2d82e6,
+gym/data/download_d4rl_datasets.py and gym/experiment.py), except for the side of the padding: see Windows.
 
 Minari's main_data.hdf5 has a group for each episode, `episode_0` and so on, with `observations` (T + 1, S), one more
-than there are steps, `actions` (T, A), `rewards` (T,), `terminations` (T,) and `truncations` (T,); files of its version
-0.5.4 were looked at (https://minari.farama.org/content/dataset_standards). Its sets were made in gymnasium's v5
-environments, and policies are tried in v4: in v5 Hopper and Walker2d get no reward for standing in the step in which
-they fall, and Walker2d's right foot has more friction (1.9, not 0.9), so that its policies meet other ground here.
+than there are steps, `actions` (T, A), `rewards` (T,), `terminations` (T,) and `truncations` (T,), as in files of its
+version 0.5.4 (https://minari.farama.org/content/dataset_standards). Its sets were made in gymnasium's v5 environments,
+but policies are evaluated in v4. In v5 Hopper and Walker2d get no reward for standing in the step in which they fall,
+and Walker2d's right foot has more friction (1.9, not 0.9), so that its policies meet a different ground here.
 """
 
 import math
@@ -60,9 +60,9 @@ ENVIRONMENTS = {
     "walker2d": Environment("Walker2d-v4", (17, 6), (1.629008, 4592.3), (5000.0, 2500.0)),
 }
 LEVELS = ("medium", "medium-replay", "medium-expert")
-# and their levels; random is for tests
+# each source's levels; random is for tests
 SOURCES = {"local": (*LEVELS, "random"), "d4rl": LEVELS, "minari": ("simple", "medium", "expert")}
-KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")  # the first four must be
+KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")  # the first 4 are needed
 MINARI = dict(zip(KEYS, ("observations", "actions", "rewards", "terminations", "truncations"), strict=False))
 MAX_EP_LEN = 1000  # steps of an episode
 SCALE = 1000.0  # of returns
@@ -71,15 +71,15 @@ MOST_BYTES = 2**33  # of an array; D4RL's largest have 136 MB
 
 
 def normalized(env: str, score: float) -> float:
-    """A return in percent of the way from a random policy's to an expert's, as D4RL has it."""
+    """D4RL's score of a return: 0 for a random policy's, 100 for an expert's."""
     low, high = ENVIRONMENTS[env].reference
     return 100 * (score - low) / (high - low)
 
 
 def split_name(dataset: str) -> tuple[str, str, str]:
-    """ "local/hopper-medium-replay" is ("local", "hopper", "medium-replay").
+    """Source, environment and level: ("local", "hopper", "medium-replay") for "local/hopper-medium-replay".
 
-    Raises ValueError: there is no such set.
+    Raises ValueError: there is no such dataset.
     """
     names = {f"{s}/{env}-{level}": (s, env, level) for s in SOURCES for env in ENVIRONMENTS for level in SOURCES[s]}
     if dataset not in names:
@@ -95,14 +95,14 @@ class Dataset:
     """The whole episodes of a file, one after another.
 
     Attributes:
-        name: as in `data.dataset`.
+        name: the value of `data.dataset`.
         env: a key of ENVIRONMENTS.
         observations: (N, S) float32.
         actions: (N, A) float32.
         rewards: (N,) float32.
         terminals: (N,) bool, true where an episode ended by itself, not by its length.
-        starts: (E + 1,) int64; episode e is the rows starts[e] to starts[e + 1].
-        metadata: what the file's group `metadata` says, in JSON's types.
+        starts: (E + 1,) int64; episode e has the rows starts[e] to starts[e + 1].
+        metadata: the content of the file's group `metadata`, in JSON types.
     """
 
     name: str
@@ -120,34 +120,34 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """`checksum` of the arrays: what a policy is trained on, in whatever file it lies."""
+        """The `checksum` of the arrays, which identifies the data whatever file holds it."""
         return checksum(self.observations, self.actions, self.rewards, self.terminals, self.starts)
 
     @cached_property
     def returns(self) -> np.ndarray:
-        """(E,) float64."""
+        """The undiscounted return of each episode, (E,) float64."""
         return np.add.reduceat(self.rewards.astype(np.float64), self.starts[:-1])
 
     @cached_property
     def mean(self) -> np.ndarray:
-        """(S,) float32, over all rows."""
+        """The mean observation over all rows, (S,) float32."""
         return self.observations.mean(0, dtype=np.float64).astype(np.float32)
 
     @cached_property
     def std(self) -> np.ndarray:
-        """(S,) float32, over all rows, and 1e-6 more, so that a constant can be divided by it."""
+        """The standard deviation over all rows plus 1e-6, (S,) float32, so that constants do not divide by zero."""
         return (self.observations.std(0, dtype=np.float64) + 1e-6).astype(np.float32)
 
 
 def dataset_checksum(path: str | Path, name: str) -> str:
-    """`Dataset.sha256` of a file, which a run's record holds as `facts["dataset_sha256"]`; arguments as for `read`."""
+    """The `Dataset.sha256` of a file, in a run's record `facts["dataset_sha256"]`; arguments as for `read`."""
     return read(path, name).sha256
 
 
 def find(dataset: str, progress: bool = True) -> Path:
-    """The path of a set's file; D4RL's are fetched where they are nowhere, and their checksums kept and verified.
+    """The path of a dataset's file; D4RL's are downloaded where missing, and their checksums kept and verified.
 
-    Raises ValueError: there is no such set. DataError: it is nowhere and cannot be fetched, or not what it was.
+    Raises ValueError: there is no such dataset. DataError: it is missing and cannot be downloaded, or has changed.
     """
     source, env, level = split_name(dataset)
     if source == "d4rl":
@@ -167,26 +167,26 @@ def find(dataset: str, progress: bool = True) -> Path:
 
 
 def read(path: str | Path, name: str) -> Dataset:
-    """The whole episodes of an HDF5 file: an episode's last row is the one that terminals or timeouts mark.
+    """The whole episodes of an HDF5 file: terminals or timeouts mark the last row of an episode.
 
-    Minari's episodes, in the order of their numbers, are rows one after another too; rows in errors are counted so.
+    Minari's episodes are joined in the order of their numbers; row numbers in errors count through the joined rows.
 
-    What follows the last of these rows is left out. In a file without timeouts an episode also ends at its
-    MAX_EP_LEN-th step. (So it does in Decision Transformer's script for the first one; its counter ends later ones a
-    step early. D4RL's v2 files all have timeouts.)
+    Rows after the last mark are dropped. In a file without timeouts an episode also ends at its MAX_EP_LEN-th step.
+    (Decision Transformer's script does the same for the first episode; its counter ends later ones a step early. D4RL's
+    v2 files all have timeouts.)
 
-    Warns, and goes on as that script does, where next observations are not the next row's or an episode is longer than
-    MAX_EP_LEN.
+    Warns, and continues as that script does, if next observations differ from the next row's or an episode is longer
+    than MAX_EP_LEN.
 
     Args:
-        name: as in `data.dataset`; says whose observations and actions are expected.
+        name: the value of `data.dataset`; its environment determines the expected shapes.
 
-    Raises DataError: it cannot be read, lacks something, or is not consistent; the text says what and where.
+    Raises DataError: the file cannot be read, lacks something, or is inconsistent; the text says what and where.
     """
     source, env, _ = split_name(name)
     states, actions = ENVIRONMENTS[env].sizes
     if Path(path).exists():
-        regular(Path(path), DataError)  # a pipe would never open
+        regular(Path(path), DataError)  # opening a pipe would never end
     try:
         with h5py.File(path, "r") as file:
             if source == "minari":
@@ -202,7 +202,7 @@ def read(path: str | Path, name: str) -> Dataset:
         raise DataError(
             f"{path}: another program has it open for writing ({error}); try again when it is done"
         ) from error
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # all of them are h5py's
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py raises all of these
         raise DataError(
             f"{path}: expected a whole HDF5 file, got what cannot be read ({error}); get it anew"
         ) from error
@@ -214,7 +214,7 @@ def read(path: str | Path, name: str) -> Dataset:
     shapes = {"observations": (n, states), "actions": (n, actions), "next_observations": (n, states)}
     for key, array in arrays.items():
         shape = shapes.get(key, (n,))
-        if array.shape == (n, 1) and len(shape) == 1:  # as D4RL's own reader takes them too
+        if array.shape == (n, 1) and len(shape) == 1:  # D4RL's own reader accepts this shape too
             array = array[:, 0]
         if array.shape != shape or array.dtype.kind not in "biuf":
             raise DataError(
@@ -233,7 +233,7 @@ def read(path: str | Path, name: str) -> Dataset:
 
 
 def _array(path: str | Path, file: h5py.Group, key: str) -> np.ndarray:
-    """Of a dataset that lies in this file, whole, and is no larger than it can be."""
+    """The array of a dataset, after a check that it lies in this file, is complete and not too large."""
     if isinstance(file.get(key, getlink=True), h5py.ExternalLink):
         raise DataError(f"{path}: {key}: expected numbers in this file, got a link to another")
     item = file[key]
@@ -247,8 +247,8 @@ def _array(path: str | Path, file: h5py.Group, key: str) -> np.ndarray:
 
 
 def _joined(path: str | Path, file: h5py.File, states: int, actions: int) -> dict[str, np.ndarray]:
-    """Minari's episodes by KEYS, but for what was observed at their ends."""
-    names = [f"episode_{i}" for i in range(max(len(file), 1))]  # HDF5's own order has 10 before 2
+    """Minari's episodes, joined, by KEYS, without the observations after their last steps."""
+    names = [f"episode_{i}" for i in range(max(len(file), 1))]  # HDF5's own order puts 10 before 2
     missing = [name for name in names if not isinstance(file.get(name), h5py.Group)]
     if missing:
         raise DataError(
@@ -278,7 +278,7 @@ def _joined(path: str | Path, file: h5py.File, states: int, actions: int) -> dic
 
 
 def _floats(path: str | Path, key: str, array: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # overflow becomes infinite, which is refused
         array = array.astype(np.float32, copy=False)
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
@@ -294,7 +294,7 @@ def _truths(path: str | Path, key: str, array: np.ndarray) -> np.ndarray:
 
 
 def _starts(path: str | Path, terminals: np.ndarray, timeouts: np.ndarray | None) -> np.ndarray:
-    """(E + 1,) int64: where episodes begin, and where the last one ends."""
+    """The rows where episodes begin and where the last one ends, (E + 1,) int64."""
     if timeouts is None:
         rows = np.arange(len(terminals))
         first = np.maximum.accumulate(np.where(np.append(True, terminals[:-1]), rows, 0))
@@ -314,7 +314,7 @@ def _starts(path: str | Path, terminals: np.ndarray, timeouts: np.ndarray | None
 
 
 def _check_order(path: str | Path, observations: np.ndarray, after: np.ndarray, starts: np.ndarray) -> None:
-    """Inside an episode what is observed after a step is what is observed before the next one."""
+    """Checks that within an episode the observation after a step is the one before the next step."""
     inside = np.ones(starts[-1] - 1, bool)
     inside[starts[1:-1] - 1] = False
     expected, got = observations[1 : starts[-1]], after[: starts[-1] - 1]
@@ -328,7 +328,7 @@ def _check_order(path: str | Path, observations: np.ndarray, after: np.ndarray, 
 
 
 def _decoded(item: Any) -> Any:
-    """HDF5's values in JSON's types; of an array of more than 64 the type and shape alone (D4RL's hold networks)."""
+    """HDF5's values in JSON types; for more than 64 elements only the type and shape (D4RL's files hold networks)."""
     if isinstance(item, h5py.Group):
         return {key: _decoded(value) for key, value in (*item.attrs.items(), *item.items())}
     if isinstance(item, h5py.Dataset):
@@ -349,9 +349,9 @@ def _decoded(item: Any) -> Any:
 class Windows:
     """Windows of K steps of a dataset's episodes, on a device.
 
-    What lies beyond an episode's end is padding, on the right: a causal model's outputs before it do not see it. The
-    published code pads on the left, and what a model makes of that reaches the outputs, of a recurrent one at any rate:
-    `left_padded` gives that form, for comparison.
+    Steps beyond an episode's end are padding on the right, which a causal model's earlier outputs do not see. The
+    published code pads on the left, where padding affects the outputs, at least those of a recurrent model:
+    `left_padded` gives that form for comparison.
 
     Args:
         context_length: K.
@@ -373,13 +373,13 @@ class Windows:
         self.actions = torch.as_tensor(dataset.actions, device=device)
         self.timesteps = torch.as_tensor(timesteps, device=device)
         self.ends = torch.as_tensor(ends, device=device)
-        self.origin = -mean / std  # an observation of zeros
+        self.origin = -mean / std  # an observation of zeros, normalised
 
     def batch(self, batch_size: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Windows from rows drawn uniformly, a function of the seed on a kind of device.
+        """Windows that begin at rows drawn uniformly; they depend only on the seed and the kind of device.
 
-        So an episode is drawn with a probability proportional to its length, and a start uniformly in it, as in
-        Decision Transformer's gym/experiment.py.
+        An episode is thus drawn with a probability proportional to its length, and the start uniformly within it, as
+        in Decision Transformer's gym/experiment.py.
 
         Returns:
             (B, K, 1) float32 returns-to-go over SCALE, (B, K, S) float32 states, normalised, (B, K, A) float32
@@ -403,8 +403,8 @@ class Windows:
     def left_padded(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The same windows, each with its padding moved to the left, as Decision Transformer trains on them.
 
-        There returns-to-go and timesteps are padded with 0, actions with -10, and states with 0 before they are
-        normalised, so that a padded state is -mean / std (gym/experiment.py, get_batch).
+        Returns-to-go and timesteps are padded with 0, actions with -10, and states with 0 before they are normalised,
+        so that a padded state is -mean / std (gym/experiment.py, get_batch).
         """
         *tensors, mask = batch
         B, K = mask.shape

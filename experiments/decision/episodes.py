@@ -1,4 +1,4 @@
-"""A policy in its environments: batched, one episode each, all in step."""
+"""Plays a policy in a batch of environments, one episode each, in parallel."""
 
 import contextlib
 import warnings
@@ -29,9 +29,9 @@ def rollout(
     left_padding: bool = False,
     callback: Callable[[list[gymnasium.Env]], object] = lambda envs: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (n,) and lengths (n,) of n episodes, one for each target return.
+    """The returns (n,) and lengths (n,) of n episodes, one for each target return.
 
-    After each step the return-to-go is less by the reward (Decision Transformer, section 4.1;
+    After each step the reward is subtracted from the return-to-go (Decision Transformer, section 4.1;
     https://github.com/kzl/decision-transformer/blob/e2d82e68f330c00f763507b3b01d774740bee53f/gym/
     decision_transformer/evaluation/evaluate_episodes.py).
 
@@ -40,10 +40,9 @@ def rollout(
         state_mean, state_std: (S,), of the observations that the model was trained on, on its device.
         target_returns: (n,).
         seeds: (n,), with which the environments are reset.
-        context_length: how many steps the policy looks back, which it reads anew at each; None: all, in the model's
-            state.
-        left_padding: before the episode's context_length-th step zeros stand on the left, as in the published code.
-        callback: of the n environments, before each step and after the last; ended ones stay as they ended.
+        context_length: how many last steps the policy reads anew at each step; None: all, through the model's state.
+        left_padding: pad with zeros on the left until the episode has context_length steps, as in the published code.
+        callback: called with the n environments before each step and after the last; ended ones keep their last state.
     """
     n, device = len(target_returns), state_mean.device
     policy = Carried(model, n) if context_length is None else Window(model, context_length, left_padding)
@@ -71,13 +70,13 @@ def rollout(
 
 
 class Carried:
-    """Looks back through the model's state: a step costs the same however long the episode is."""
+    """Carries the model's state: a step costs the same however long the episode is."""
 
     def __init__(self, model: DecisionModel, n: int):
         self.model, self.hidden, self.actions = model, model.initial_state(n), None
 
     def act(self, returns_to_go: Tensor, states: Tensor, timestep: int) -> Tensor:
-        """(n, A) for (n, 1) and (n, S)."""
+        """Actions (n, A) for returns-to-go (n, 1) and states (n, S)."""
         self.actions, self.hidden = self.model.step(returns_to_go, states, self.actions, timestep, self.hidden)
         return self.actions
 
@@ -91,7 +90,7 @@ class Window:
 
     def __init__(self, model: DecisionModel, context_length: int, left_padding: bool):
         self.model, self.context_length, self.left_padding = model, context_length, left_padding
-        self.past: tuple[Tensor, ...] = ()  # returns-to-go, states, actions: (n, steps so far but K at most, ...)
+        self.past: tuple[Tensor, ...] = ()  # returns-to-go, states, actions: (n, steps so far, at most K, ...)
 
     def act(self, returns_to_go: Tensor, states: Tensor, timestep: int) -> Tensor:
         now = [x[:, None] for x in (returns_to_go, states, states.new_zeros(len(states), self.model.act_dim))]
@@ -113,10 +112,10 @@ class Window:
 
 
 def make(env_id: str) -> gymnasium.Env:
-    """Of version 4, D4RL's physics, which version 5 changed; without the warnings that come of it."""
+    """The environment in version 4, D4RL's physics, which version 5 changed; without the warnings about its age."""
 
     def warn(text: str) -> None:
-        if "settotalmass" not in text:  # in gymnasium's HalfCheetah; MuJoCo 4 says so of each, and writes a file of it
+        if "settotalmass" not in text:  # gymnasium's HalfCheetah has it; MuJoCo 4 warns each time, and logs to a file
             warnings.warn(text, stacklevel=2)
 
     previous = mujoco.get_mju_user_warning()
@@ -131,7 +130,7 @@ def make(env_id: str) -> gymnasium.Env:
 
 @contextlib.contextmanager
 def _environments(env_id: str, n: int) -> Iterator[list[gymnasium.Env]]:
-    # Not gymnasium's vector environments: those go on with episodes that have ended.
+    # Gymnasium's vector environments do not serve: they go on after an episode has ended.
     envs = [make(env_id) for _ in range(n)]
     try:
         yield envs

@@ -3,9 +3,9 @@
     python -m experiments.decision.strip target=80 seed=0 frames=12 path=strip.png
     python -m experiments.decision.strip run=<id>
 
-Without `run` the policy is the one that comes with the repository, of `model` (results/weights/decision-*).
-The frames are spread evenly from the first moment to the last, or come `every` so many steps from the first one on.
-Each shows MuJoCo's capsules from the side, where they are, under it the step and how far the robot has come by then.
+Without `run`, the policy is that of `model` which comes with the repository (results/weights/decision-*).
+The frames are spread evenly from the first moment to the last, or show each `every`-th step from the first one on.
+Each shows MuJoCo's capsules from the side, and below them the step and how far the robot has come.
 """
 
 import math
@@ -31,16 +31,16 @@ from ..seeds import QUARTER, eval_seed
 from . import data, model, normalization
 from .episodes import rollout
 
-WIDTH, METRE, NARROWEST = 14, 1.2, 0.5  # inches: of a strip, of a metre at most, of a frame at least
+WIDTH, METRE, NARROWEST = 14, 1.2, 0.5  # inches: a strip, at most for a metre, at least for a frame
 ROUND = np.linspace(-math.pi / 2, math.pi / 2, 16)  # half a circle
 
 
 @dataclass
 class Settings(trained.Choice):
-    target: float = 80  # the score that is asked for
-    seed: int = 0  # of the episode's beginning, among those of the test episodes
+    target: float = 80  # the target score
+    seed: int = 0  # which of the test episodes' starts
     frames: int = 12
-    every: int = 0  # steps from frame to frame; 0: so many that the frames span the episode
+    every: int = 0  # steps from frame to frame; 0: chosen so that the frames span the episode
     path: str = "strip.png"
 
     def __post_init__(self):
@@ -57,7 +57,7 @@ parse = partial(settings_of, Settings, __doc__)
 @dataclass
 class Policy:
     """Attributes:
-    mean, std: (S,) float32, by which states are normalised.
+    mean, std: (S,) float32, which normalise states.
     """
 
     cfg: Decision
@@ -71,7 +71,7 @@ class Policy:
 
 
 def load(settings: Settings) -> Policy:
-    """The one that `run`, its last weights, or `model` names."""
+    """The policy that `run` (with its last weights) or `model` names."""
     found = settings.find("decision", "last")
     facts = found.facts if "state_mean" in found.facts else normalization(found)
     sizes = data.ENVIRONMENTS[data.split_name(found.cfg.data.dataset)[1]].sizes
@@ -80,7 +80,7 @@ def load(settings: Settings) -> Policy:
 
 
 def play(settings: Settings, policy: Policy) -> tuple[Any, np.ndarray, float]:
-    """MuJoCo's model, the positions of its joints, (steps + 1, joints), and the score."""
+    """MuJoCo's model, the positions of its joints (steps + 1, joints), and the score of one episode."""
     environment = data.ENVIRONMENTS[policy.env]
     low, high = environment.reference
     simulated, positions = [], []
@@ -98,16 +98,16 @@ def play(settings: Settings, policy: Policy) -> tuple[Any, np.ndarray, float]:
 
 
 def chosen(steps: int, frames: int, every: int) -> np.ndarray:
-    """The steps, of 0 to `steps`, that are shown; fewer than `frames` where there are no more."""
+    """The steps from 0 to `steps` that are shown; fewer than `frames` if the episode is too short."""
     if every:
         return np.arange(0, steps + 1, every)[:frames]
     return np.unique(np.linspace(0, steps, frames).round().astype(int))
 
 
 def capsules(simulated: mujoco.MjModel, positions: np.ndarray) -> np.ndarray:
-    """(F, C, 2, 2) x and z, in metres, of both ends of the axis of each capsule; a sphere's are the same.
+    """x and z in metres (F, C, 2, 2) of both ends of each capsule's axis; a sphere's ends coincide.
 
-    By kinematics from the joints: after a step MuJoCo's own are those of a moment before it.
+    Kinematics computes them from the joints, as MuJoCo's own positions lag behind after a step.
     """
     moment, solid = mujoco.MjData(simulated), solids(simulated)
     lengths = np.where(simulated.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE, simulated.geom_size[:, 1], 0)[solid]
@@ -122,12 +122,12 @@ def capsules(simulated: mujoco.MjModel, positions: np.ndarray) -> np.ndarray:
 
 
 def solids(simulated: mujoco.MjModel) -> np.ndarray:
-    """The indices of the capsules and spheres, which is all that these robots are made of."""
+    """The indices of the capsules and spheres, of which these robots are made."""
     return np.flatnonzero(np.isin(simulated.geom_type, (mujoco.mjtGeom.mjGEOM_CAPSULE, mujoco.mjtGeom.mjGEOM_SPHERE)))
 
 
 def outline(ends: np.ndarray, radius: float) -> np.ndarray:
-    """(M, 2): round a capsule whose axis goes from ends[0] to ends[1]."""
+    """The outline (M, 2) of a capsule whose axis goes from ends[0] to ends[1]."""
     along = math.atan2(*(ends[1] - ends[0])[::-1])
     return np.concatenate(
         [
@@ -138,7 +138,7 @@ def outline(ends: np.ndarray, radius: float) -> np.ndarray:
 
 
 def figure(simulated: mujoco.MjModel, positions: np.ndarray, steps: np.ndarray, title: str) -> Figure:
-    """A frame for each of (F,) steps, one beside the other."""
+    """A figure with a frame for each of the (F,) steps, side by side."""
     solid = solids(simulated)
     ends, radii = capsules(simulated, positions[steps]), simulated.geom_size[solid, 0]
     left, right = (ends[..., 0] - radii[:, None]).min((1, 2)), (ends[..., 0] + radii[:, None]).max((1, 2))

@@ -1,20 +1,19 @@
-"""All timing, one part a run: `python -m experiments.efficiency part=train`.
+"""All timing, one part per run: `python -m experiments.efficiency part=train`.
 
-Layers by length, batch size and width (sweep.py) are the paper's figures 1, 3 and 4 (arXiv 2410.01201), with two
-baselines each: the hand-written loop that the paper has, and the layer that a user of torch has. minGRU and minLSTM
-stand in three forms: fused, in log space as the paper has them, and as a loop. Scans alone and their precision:
-kernels.py; training steps of whole models: steps.py; a policy in use: policy.py. A record's `points` hold, for each
-layer at each size:
+Layers by length, batch size and width (sweep.py) reproduce the paper's figures 1, 3 and 4 (arXiv 2410.01201), with two
+baselines each: the paper's hand-written loop and torch's own layer. minGRU and minLSTM have three forms: fused, in log
+space as in the paper, and as a loop. kernels.py measures scans alone and their precision, steps.py training steps of
+whole models, policy.py a policy in use. A record's `points` hold, for each layer at each size:
 
     status    done, time-out, out of memory or failed, with the reason
-    median, q1, q3, min    seconds of a run; n of them. All layers of a point are run by turns (scans one after
-              another), in a process that keeps what is freed, as this project's training does
-    peak      bytes: what a run allocates beyond weights and input. On a CPU by the growth of the resident size of a
-              process of its own, which gives back what it frees; on a GPU by torch's allocator
-    operations, bytes, least    what must be done (experiments/cost.py) and the seconds that this takes here at least
-    joules    of a run, where the card counts them
-    bytes, bandwidth    of a scan: the fewest that it must move, and those a second of a copy just before
-    error, worst    relative to the loop in float64, of the whole and of the worst state
+    median, q1, q3, min    seconds per run, over n runs. The layers of a point take turns (scans run one after another)
+              in a process that keeps freed memory, as this project's training does
+    peak      bytes that a run allocates beyond weights and input: on a CPU the growth of the resident size of a
+              separate process, which returns freed memory; on a GPU by torch's allocator
+    operations, bytes, least    the least work (experiments/cost.py) and the least seconds that it takes here
+    joules    per run, where the card counts them
+    bytes, bandwidth    for a scan: the fewest bytes it must move, and bytes per second of a copy just before
+    error, worst    relative to the loop in float64: of all states, and of the worst state
 """
 
 import contextlib
@@ -49,7 +48,7 @@ PREPARE = {
 
 
 def run(cfg: Efficiency) -> str:
-    """Does a part unless this machine has its record. Returns "done", "paused", "stopped" or "busy"."""
+    """Measures a part unless this machine has its record. Returns "done", "paused", "stopped" or "busy"."""
     device = processes.device_of(cfg)
     here = machine_name(device)
     if cfg.data.machine not in (None, here):
@@ -94,12 +93,12 @@ def _why_stop(cfg: Efficiency, stop: Any) -> str | None:
 
 
 def machine_name(device: torch.device) -> str:
-    """What a number here belongs to."""
+    """The name of the machine that the measurements belong to."""
     return machine.name(machine.hardware(device.type))
 
 
 class Kept:
-    """The points of a part that is not finished. Those of another commit or of other versions are not gone on with."""
+    """The kept points of an unfinished part. Points of another commit or other versions are dropped."""
 
     def __init__(self, folder: Path, made_with: dict[str, Any] | None = None):
         self.path, self.made_with = folder / "points.json", made_with
@@ -110,7 +109,7 @@ class Kept:
             self.points, self.seconds = found["points"], found["seconds"]
 
     def taken(self) -> float:
-        """Seconds, of all processes that were at it."""
+        """The seconds that all processes have spent on the part."""
         return self.seconds + time.monotonic() - self.began
 
     def add(self, points: list[Point]) -> None:
@@ -120,7 +119,7 @@ class Kept:
 
 
 def measure(cfg: Efficiency, device: torch.device, kept: Kept, why_stop: Callable[[], str | None]) -> Any:
-    """The measured part of the record; or why it stopped, with what it had by then kept."""
+    """The measured part of the record; or, if it stopped early, the reason, with the points so far kept."""
     if (reason := why_stop()) is not None:
         return reason
     machine.keep_freed_memory()  # as every training process of this project does

@@ -1,7 +1,7 @@
-"""Scans alone: their time beside others' and beside what a copy takes, and their error.
+"""Scans alone: their time beside other libraries' and beside that of a copy, and their error.
 
-One of ours that is wrong stops the measurement; another's that is wrong or fails is a point that says why. Those that
-are not installed are left out.
+A wrong scan of ours stops the measurement; another library's that is wrong or fails gives a point that says why.
+Libraries that are not installed are left out.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 PEER_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 Scan = Callable[..., Tensor]
-Peer = tuple[Scan, list[Tensor], Tensor]  # with its inputs and the gradient of its output as it likes them best
+Peer = tuple[Scan, list[Tensor], Tensor]  # with its inputs and output gradient in the layout that suits it best
 
 
 def prepare(
@@ -45,10 +45,10 @@ def prepare(
 
 
 def time_scan(data: EfficiencyData, device: torch.device, said: Point, before: list[Point]) -> list[Point]:
-    """Forward, backward, and both together as a training step does them: ours first, then others'."""
+    """Times forward, backward, and both as in a training step: our scan first, then other libraries'."""
     cell, dtype = SCANS[said["scan"]], getattr(torch, said["dtype"])
     shape = said["batch"], said["length"], said["width"]
-    bandwidth = copy_bandwidth(device.type, data.seconds)  # a shared machine changes by the second
+    bandwidth = copy_bandwidth(device.type, data.seconds)  # measured anew, as a shared machine changes by the second
     leaves, weight = draw(cell, shape, dtype, device), torch.randn(shape).to(device, dtype)
     wide = [x.detach().double().requires_grad_() for x in leaves]
     expected = with_gradients(scan_of(cell, "reference"), wide, weight.double())
@@ -67,7 +67,7 @@ def time_scan(data: EfficiencyData, device: torch.device, said: Point, before: l
         numbers = {"bytes": math.prod(shape) * moved, "bandwidth": bandwidth}
         timer = Timer(data, device, said | {"pass": which})
         ours = partial(run_of, scan_of(cell), leaves, weight, which)
-        # One after another: by turns a slow one would empty the caches for ours.
+        # Not by turns: a slow one would empty the caches for ours.
         timer.measure({"minrnn": ours}, lambda *_, numbers=numbers: numbers | {"error": error})
         for name, peer in peers.items():
             errors: dict[str, float] = {}
@@ -94,7 +94,7 @@ def with_gradients(f: Scan, leaves: list[Tensor], weight: Tensor) -> list[Tensor
 
 
 def bytes_moved(cell: str, dtype: torch.dtype) -> tuple[int, int, int]:
-    """The fewest bytes an element, of each pass: each tensor that is needed, once.
+    """The fewest bytes per element that each pass moves: every tensor it needs, once.
 
     The linear scan's backward does not need b.
     """
@@ -113,7 +113,7 @@ def run_of(f: Scan, leaves: list[Tensor], weight: Tensor, which: str) -> Call:
 
 
 def run_of_peer(name: str, peer: Peer, which: str, expected: Tensor, most: float, errors: dict[str, float]) -> Call:
-    """Once it is right, its error being kept in `errors`."""
+    """The run to be timed, after a check of the result, whose error is stored in `errors`."""
     f, leaves, weight = peer
     h = f(*leaves).detach()
     errors["error"] = check(name, h.mT if name == "accelerated-scan" else h, expected, most)
@@ -121,8 +121,8 @@ def run_of_peer(name: str, peer: Peer, which: str, expected: Tensor, most: float
 
 
 def linear_peers(device: torch.device, a: Tensor, b: Tensor, weight: Tensor) -> dict[str, Peer]:
-    """Scans of h_t = a_t h_{t-1} + b_t by others."""
-    # Imported where they are called: some compile on import, and what fails there is noted as any failure.
+    """Other libraries' scans of h_t = a_t h_{t-1} + b_t."""
+    # Imported where they are called: some compile on import, and a failure there is recorded like any other.
     peers = {}
     if device.type == "cuda" and importlib.util.find_spec("accelerated_scan"):
         inputs = [x.mT.contiguous().requires_grad_() for x in (a, b)]  # (B, D, T)
@@ -158,7 +158,7 @@ def prepare_precision(
 
 
 def errors_of(data: EfficiencyData, device: torch.device, said: Point, before: list[Point]) -> list[Point]:
-    """Of the states against the float64 loop: minGRU, normal pre-activations, rounded before the loop sees them."""
+    """Errors of minGRU's states against the float64 loop, from normal pre-activations rounded before both."""
     torch.manual_seed(said["length"])
     dtype, shape = getattr(torch, said["dtype"]), (said["batch"], said["length"], said["width"])
     inputs = [torch.randn(shape).to(dtype) for _ in range(2)]

@@ -1,8 +1,8 @@
 """The layers that are compared, under one interface, and what each is checked against before it is timed.
 
-B batch, T time, D width: each takes (B, T, D) and gives as much; minimal RNNs and torch's layers also take inputs of
-another width. minGRU and minLSTM have no recurrent matrix, Mamba and attention have projections before and after; equal
-widths are not equal parameters.
+B batch, T time, D width: each maps (B, T, D) to the same shape; minimal RNNs and torch's layers also take inputs of
+another width. minGRU and minLSTM have no recurrent matrix, and Mamba and attention have projections before and after,
+so equal widths do not mean equal numbers of parameters.
 """
 
 import copy
@@ -21,14 +21,14 @@ from minrnn.mixers import make
 
 from .. import measure
 
-State = Any  # a layer's own
+State = Any  # each layer has its own type
 
 
 class LoopGRU(nn.GRU):
-    """torch.nn.GRU's weights and result, step by step in plain PyTorch, as the paper times its GRU."""
+    """torch.nn.GRU, computed step by step in plain PyTorch, as the paper times its GRU."""
 
     def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, T, D) and (B, D) to (B, T, D) and (B, D)."""
+        """Maps (B, T, D) and a state (B, D) to (B, T, D) and (B, D)."""
         h = x.new_zeros(x.shape[0], self.hidden_size) if h is None else h
         states = []
         for x_t in x.unbind(1):
@@ -44,10 +44,10 @@ class LoopGRU(nn.GRU):
 
 
 class LoopLSTM(nn.LSTM):
-    """torch.nn.LSTM's, likewise."""
+    """torch.nn.LSTM, computed step by step in plain PyTorch."""
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """(B, T, D) and two (B, D) to (B, T, D) and two (B, D)."""
+        """Maps (B, T, D) and a state of two (B, D) to (B, T, D) and two (B, D)."""
         state = (x.new_zeros(x.shape[0], self.hidden_size),) * 2 if state is None else state
         states = []
         for x_t in x.unbind(1):
@@ -65,15 +65,15 @@ class LoopLSTM(nn.LSTM):
 
 @dataclass(frozen=True)
 class Layer:
-    """One that is compared.
+    """A layer that is compared.
 
     Attributes:
-        build: of D, and of the input's width where the layer takes another; a module in float32 on the CPU.
-        read: of the module and (B, T, D); the output and the state after it.
-        step: of the module, (B, D) and a state; the output and the state after it. None: it is another layer's.
-        exact: of the module; a function that gives the output for (B, T, D) in float64 on the CPU by other means.
-        tolerance: relative, of float32 against that, and of 16 bits.
-        square: whether inputs must be as wide as D.
+        build: from D, and the input's width if the layer takes another, to a module in float32 on the CPU.
+        read: from the module and (B, T, D) to the output and the state after it.
+        step: from the module, (B, D) and a state to the output and the next state. None: another layer has this step.
+        exact: from the module to another function from (B, T, D) to the output, in float64 on the CPU.
+        tolerance: the largest relative errors against `exact` of float32 and of 16 bits.
+        square: whether inputs must have width D.
     """
 
     build: Callable[..., nn.Module]
@@ -91,7 +91,7 @@ class Layer:
 
 
 def _of(cls: type[nn.Module], net: nn.Module, **settings: Any) -> nn.Module:
-    """One of another class with the same weights, in float64 on the CPU."""
+    """A layer of class `cls` with the weights of `net`, in float64 on the CPU."""
     weights = {name: value.double().cpu() for name, value in net.state_dict().items()}
     found = cls(net.input_size, net.hidden_size, batch_first=True, dtype=torch.float64, **settings)
     found.load_state_dict(weights)
@@ -103,7 +103,7 @@ def _first(net: Callable[[Tensor], tuple[Tensor, State]]) -> Callable[[Tensor], 
 
 
 def _minimal(cls: type[nn.Module], backend: str, other: str = "reference", **limits: Any) -> Layer:
-    """Held to the `other` backend."""
+    """A minimal RNN on `backend`, checked against the `other` backend."""
 
     def step(net: nn.Module, x_t: Tensor, h: State) -> tuple[Tensor, State]:
         h = net.step(x_t, h)
@@ -131,7 +131,7 @@ def _peer_step(net: nn.Module, x_t: Tensor, h: State) -> tuple[Tensor, State]:
 
 
 def _peer_exact(net: nn.Module) -> Callable[[Tensor], Tensor]:
-    """It has no bias, and stacks candidate and gate the other way round."""
+    """Our loop with minGRU-pytorch's weights, which have no bias and stack candidate before gate."""
     candidate, gate = net.to_hidden_and_gate.weight.detach().double().cpu().chunk(2)
     width = len(gate)
     loop = minrnn.MinGRU(width, width, bias=False, batch_first=True, dtype=torch.float64, backend="reference")
@@ -140,7 +140,7 @@ def _peer_exact(net: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _recurrent(cls: type[nn.Module], other: type[nn.Module]) -> Layer:
-    """torch's layer, or its loop; each is held to the other."""
+    """torch's layer or its loop, checked against the `other`."""
 
     def step(net: nn.Module, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         if hasattr(net, "step"):
@@ -160,7 +160,7 @@ def _recurrent(cls: type[nn.Module], other: type[nn.Module]) -> Layer:
 
 def _mixer(name: str, **settings: Any) -> Layer:
     def read(net: nn.Module, x: Tensor) -> tuple[Tensor, State]:
-        # In training no state is asked for: some pay for it.
+        # Training asks for no state, which costs some layers time.
         return net(x, None if torch.is_grad_enabled() else net.initial_state(x.shape[0]))
 
     def exact(net: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -178,14 +178,14 @@ def _token_by_token(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def _mamba_ssm() -> Layer:
-    """state-spaces/mamba's own layer, in float32 and 16 bits, held to its own single steps."""
+    """state-spaces/mamba's own layer, in float32 and 16 bits, checked against its own single steps."""
 
     def step(net: nn.Module, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         out, *state = net.step(x_t[:, None], *state)
         return out[:, 0], tuple(state)
 
     def read(net: nn.Module, x: Tensor) -> tuple[Tensor, State]:
-        # Whatever it read, a step costs the same.
+        # An empty cache serves, as a step costs the same after any sequence.
         return net(x), None if torch.is_grad_enabled() else net.allocate_inference_cache(len(x), 1)
 
     def exact(net: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -209,7 +209,7 @@ def _mamba_ssm() -> Layer:
 
 
 # Log space in float32 is off by 1e-5 at T = 512 and by 1e-3 at 65536; in 16 bits it is wrong throughout (part
-# precision has the numbers) and timed all the same, being what a user would run.
+# precision has the numbers), but timed all the same, as it is what a user would run.
 LOG = {"tolerance": (2e-3, float("inf"))}
 LAYERS: dict[str, Layer] = {
     "minGRU": _minimal(minrnn.MinGRU, "auto"),
@@ -232,16 +232,16 @@ NEEDS = {"minGRU-pytorch": "minGRU_pytorch", "mamba-ssm": "mamba_ssm"}  # module
 
 
 def available(device: str) -> dict[str, Layer]:
-    """Those whose packages are here, and that run on this device."""
+    """The layers whose packages are installed and that run on this device."""
     here = {name: name not in NEEDS or importlib.util.find_spec(NEEDS[name]) is not None for name in LAYERS}
     here["mamba-ssm"] &= device == "cuda"
     return {name: layer for name, layer in LAYERS.items() if here[name]}
 
 
 def check(name: str, layer: Layer, net: nn.Module, x: Tensor) -> float:
-    """The larger relative error of the output and of the input's gradient, against float64. x is (B, T, D), short.
+    """The larger of the relative errors of the output and the input's gradient against float64, for a short (B, T, D).
 
-    Raises ArithmeticError: it is too large.
+    Raises ArithmeticError: an error is too large.
     """
     x = x.detach().requires_grad_()
     wide = x.detach().double().cpu().requires_grad_()
@@ -250,8 +250,7 @@ def check(name: str, layer: Layer, net: nn.Module, x: Tensor) -> float:
     expected = [exact.detach()]
     if exact.requires_grad:
         expected += torch.autograd.grad(exact, wide, weight)
-    # torch's recurrent layers multiply in TF32 on a GPU unless told otherwise. Timed as they are, they are held to
-    # float64 without.
+    # torch's recurrent layers multiply in TF32 on a GPU by default. They are timed so, but checked without it.
     with torch.enable_grad(), torch.backends.cudnn.flags(allow_tf32=False):
         out = layer.read(net, x)[0]
         found = [out.detach(), *torch.autograd.grad(out, x, weight.to(out))]

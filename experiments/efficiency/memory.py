@@ -1,7 +1,7 @@
-"""The peak of a run's memory on a CPU, by the resident size of a process of its own, which gives back what it frees.
+"""The peak memory of a run on a CPU: the resident size of a separate process, which returns freed memory.
 
-`main` is one that has loaded all it needs and started no thread; for each line [layer, task, dtype, threads, seconds,
-width, batch, length, width of the input] it makes a copy of itself, which does that run, and says [status, bytes or the
+`main` is a process that has loaded all it needs and started no thread. For each line [layer, task, dtype, threads,
+seconds, width, batch, length, width of the input] it forks; the copy does that run and answers [status, bytes or the
 reason].
 """
 
@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-WARM = 8  # tokens, to have kernels loaded before
-USABLE = 0.9  # of the memory that is free
-# glibc gives back what is freed from this size on; by itself it moves the limit, and how many freed tensors a process
-# then still holds is luck (the log-space form's peak was 325, 453 or 485 MiB).
+WARM = 8  # tokens of a first run that loads the kernels
+USABLE = 0.9  # share of the free memory
+# glibc returns freed blocks from this size on. By default it moves the limit, and then chance decides how many freed
+# tensors a process still holds (the log-space form's peak was 325, 453 or 485 MiB).
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
@@ -29,7 +29,7 @@ def supported() -> bool:
 
 
 class Peaks:
-    """That process, while it is needed."""
+    """Runs the process that measures peaks, while it is needed."""
 
     def __enter__(self):
         command = [sys.executable, "-c", "from experiments.efficiency.memory import main; main()"]
@@ -79,7 +79,7 @@ def answer(layer: str, task: str, dtype: str, threads: int, seconds: float, *siz
 def peak(
     layer: str, task: str, dtype: str, threads: int, width: int, batch: int, length: int, inputs: int | None = None
 ) -> int:
-    """Bytes."""
+    """The peak memory of a run, in bytes, beyond weights and input."""
     from .layers import LAYERS
     from .sweep import work
 
@@ -92,14 +92,14 @@ def peak(
     net = found.made(inputs, width).to(dtype)
     work(task, found, net, torch.randn(1, WARM, inputs, dtype=dtype))()
     run = work(task, found, net, torch.randn(batch, length, inputs, dtype=dtype))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
     run()
     return _status("VmHWM") - before
 
 
 def _status(key: str) -> int:
-    """Bytes, of this process."""
+    """The bytes of an entry in this process's /proc status."""
     return int(re.search(rf"^{key}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024
 
 

@@ -1,7 +1,7 @@
-"""A decision model in use: a training step, one more step of an episode, and environments that wait for it.
+"""Times a decision model in use: a training step, one more step of an episode, and environments with a policy.
 
-Sizes are Decision Transformer's on Hopper. Models are first held to themselves in float64 on plain loops, and steps to
-what the whole window gives; one that is wrong stops the measurement.
+Sizes are Decision Transformer's on Hopper. Models are first checked against themselves in float64 on plain loops, and
+steps against the whole window; a wrong one stops the measurement.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def models(width: int) -> dict[str, Callable[[], DecisionModel]]:
 
 
 def windows(batch: int, context: int, device: torch.device | str) -> list[Tensor]:
-    """Returns-to-go, states, actions and timesteps, (B, T, ...) each."""
+    """Random returns-to-go, states, actions and timesteps, each (B, T, ...)."""
     drawn = [torch.randn(batch, context, size, device=device) for size in (1, STATE, ACTION)]
     return [*drawn, torch.arange(context, device=device).expand(batch, context)]
 
@@ -53,7 +53,7 @@ def windows(batch: int, context: int, device: torch.device | str) -> list[Tensor
 def prepare(
     data: EfficiencyData, device: torch.device, stack: contextlib.ExitStack
 ) -> tuple[list[Case], dict[str, Any]]:
-    """Cases of three kinds: "training", "policy" at each context, "environment"."""
+    """The cases, of three kinds: "training", "policy" at each context, "environment"."""
     (width,), (episodes,), dtype = data.widths, data.batch_sizes, {"dtype": "float32"}
     built = models(width)
     errors = {name: check(name, build, windows(2, CONTEXT, "cpu"), device) for name, build in built.items()}
@@ -81,7 +81,7 @@ def prepare(
 
 @torch.inference_mode()
 def check_steps(net: DecisionModel, device: torch.device) -> None:
-    """Raises ArithmeticError: the last of many steps is not that of the whole window."""
+    """Raises ArithmeticError: the output of the last of many steps differs from that of the whole window."""
     returns_to_go, states, actions, _ = inputs = windows(2, CONTEXT, device)
     state, before = net.initial_state(2), None
     for t in range(CONTEXT):
@@ -98,7 +98,7 @@ def training_step(build: Callable[[], DecisionModel], device: torch.device) -> C
 
 @torch.inference_mode()
 def policy_step(net: DecisionModel, episodes: int, context: int, device: torch.device) -> Call:
-    """The context-th step by the state; for attention, all steps so far read anew."""
+    """A run of the context-th step from the state; attention reads all steps so far anew."""
     inputs = windows(episodes, context, device)
     if type(net.backbone.mixers[0]).__name__ == "Attention":
         return torch.inference_mode()(lambda: net(*inputs))
@@ -112,7 +112,7 @@ def policy_step(net: DecisionModel, episodes: int, context: int, device: torch.d
 def environments(
     data: EfficiencyData, device: torch.device, said: Point, nets: dict[str, DecisionModel], before: list[Point]
 ) -> list[Point]:
-    """A step of Hoppers, on one thread: the bare ones with random actions, and with a policy."""
+    """Times a step of Hopper environments on one thread, with random actions and with each policy."""
     timer, threads = Timer(data, device, said), torch.get_num_threads()
     episodes = said["batch"]
     actions = np.random.default_rng(0).uniform(-1, 1, (STEPS, episodes, ACTION)).astype(np.float32)
@@ -132,7 +132,7 @@ def environments(
     return timer.points
 
 
-Policy = Callable[[np.ndarray, int], np.ndarray]  # of states and the number of the step
+Policy = Callable[[np.ndarray, int], np.ndarray]  # from states and the step's number to actions
 
 
 def recurrent(net: DecisionModel, episodes: int) -> Policy:
@@ -160,8 +160,8 @@ def windowed(net: DecisionModel, episodes: int) -> Policy:
 
 
 def hop(act: Policy, episodes: int) -> list[float]:
-    """Seconds of each step of so many Hoppers, the policy's part included."""
-    from ..decision.episodes import make  # brings gymnasium
+    """The seconds of each step of `episodes` Hoppers, including the policy."""
+    from ..decision.episodes import make  # imports gymnasium
 
     envs = [make("Hopper-v4") for _ in range(episodes)]
     states, taken = np.stack([env.reset(seed=i)[0] for i, env in enumerate(envs)]), []

@@ -1,7 +1,7 @@
-"""Training steps of whole models: ours, another's layer in the same backbone, and other models.
+"""Times training steps of whole models: ours, another library's layer in the same backbone, and other models.
 
-Forward, loss, backward, clipping and AdamW, on random tokens of the shape of the task, at the paper's depth. Models of
-ours are first held to themselves in float64 on plain loops; one that is wrong stops the measurement.
+A step is forward, loss, backward, clipping and AdamW, on random tokens of the task's shape, at the paper's depth. Our
+models are first checked against themselves in float64 on plain loops; a wrong one stops the measurement.
 """
 
 import contextlib
@@ -30,15 +30,14 @@ MICRO_BATCHES, MARKERS, VOCAB, EXPANSION = 2, 16, 16, 6  # of selective copying
 CHARACTERS, CHECKED_BLOCK = 65, 256
 PEER = "minGRU-pytorch"
 NEAR = {"cpu": 1e-5, "cuda": 1e-3}  # a GPU may multiply matrices in TF32
-# The candidate's activation has a kink at 0, and rounding puts a few values on its other side: there the gradient
-# jumps.
+# The candidate's activation has a kink at 0, where the gradient jumps, and rounding moves a few values across it.
 NEAR_GRADIENT = 1e-2
 
 Models = dict[str, Callable[[], nn.Module]]
 
 
 class Peer(Mixer):
-    """minGRU-pytorch's layer (log-space scan) where ours stands."""
+    """minGRU-pytorch's layer (log-space scan) in place of ours."""
 
     def __init__(self, dim: int, expansion: float):
         super().__init__()
@@ -51,7 +50,7 @@ class Peer(Mixer):
 
 
 def check(name: str, build: Callable[[], nn.Module], inputs: list[Tensor], device: torch.device) -> float:
-    """The error of what the model gives in float32, which is held to float64, and so are its parameters' gradients."""
+    """The error of a model's output in float32, after a check of it and the parameters' gradients against float64."""
     net, exact = build().to(device), build().double()
     exact.load_state_dict(net.state_dict())
     for module in exact.modules():
@@ -75,14 +74,14 @@ def check(name: str, build: Callable[[], nn.Module], inputs: list[Tensor], devic
 
 
 def training_step(net: nn.Module, inputs: Tensor, targets: Tensor, micro_batches: int = 1) -> Callable[[], Tensor]:
-    """Of ids (B, T) and the classes of the last steps, perhaps of all."""
+    """A training step on ids (B, T) and the classes of the last steps, or of all."""
     trainer = Trainer(net, Train(), micro_batches)
     parts = [*zip(inputs.chunk(micro_batches), targets.chunk(micro_batches), strict=True)]
     return lambda: trainer.step(0, selective_copy.loss, parts)
 
 
 def step_of(name: str, build: Callable[[], nn.Module], tokens: tuple[Tensor, Tensor], micro_batches: int = 1) -> Call:
-    """Another's model is held to a finite loss only."""
+    """A training step of the model; the other library's is only checked for a finite loss."""
     step = training_step(build().to(tokens[0].device), *tokens, micro_batches)
     if name == PEER and not math.isfinite(step().item()):
         raise ArithmeticError("its loss is no finite number")
@@ -101,7 +100,7 @@ def copying_models(width: int) -> Models:
 
 
 def language_models(block: int, width: int) -> Models:
-    """The paper's: minRNNs in its block, nanoGPT's Transformer; without dropout."""
+    """The paper's language models, minRNNs in its block and nanoGPT's Transformer, without dropout."""
     build = partial(TokenModel, CHARACTERS, CHARACTERS, width, LAYERS)
     nanogpt = {"norm": "layer", "tied": True, "init": "gpt2"}
     block_of_paper = {"conv": 4, "pointwise": True, "mlp": 2, "activation": "geglu"} | nanogpt
@@ -117,7 +116,7 @@ def language_models(block: int, width: int) -> Models:
 
 
 def scans_of(batch: int, T: int, width: int, device: torch.device) -> Call:
-    """What a step of copying spends in minGRU's scan: forward and backward, every layer and micro-batch."""
+    """The minGRU scans of one step of copying: forward and backward, for every layer and micro-batch."""
     x = torch.randn(batch // MICRO_BATCHES, T, 2 * width * EXPANSION, device=device, requires_grad=True)
     weight = torch.randn(batch // MICRO_BATCHES, T, width * EXPANSION, device=device)
 
@@ -131,7 +130,7 @@ def scans_of(batch: int, T: int, width: int, device: torch.device) -> Call:
 def _cases(
     data: EfficiencyData, device: torch.device, models: Callable[[Point], Models], builds: Callable, vocab: int
 ) -> tuple[list[Case], dict[str, Any]]:
-    """`models` are those to be checked, `builds` what is timed, both of a size."""
+    """The cases and the models' errors; from a size, `models` gives what is checked and `builds` what is timed."""
     errors = {}
     for width in sorted({size["width"] for size in sizes(data)}):
         for name, build in models({"width": width, "length": CHECKED_BLOCK}).items():

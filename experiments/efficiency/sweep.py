@@ -1,4 +1,4 @@
-"""Layers against the length, the batch size and the width: what the parts of the paper's figures measure."""
+"""Measures layers against the length, the batch size and the width, for the paper's figures."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ EXPANSIONS = (1, 2, 3, 4)
 def prepare(
     data: EfficiencyData, device: torch.device, stack: contextlib.ExitStack
 ) -> tuple[list[Case], dict[str, Any]]:
-    """Each size, and what the record says beside its points: errors by layer, dtype, and the machine's limits."""
+    """A case for each size, and the record's other entries: errors by layer, dtype, and the machine's limits."""
     here = available(device.type)
     for name in data.layers or ():
         if name not in here and name not in LAYERS:
@@ -62,7 +62,7 @@ def _at(
 def checked(
     layers: dict[str, Layer], found: list[Point], device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, Layer], dict[str, float | str]]:
-    """The layers that are right, and each one's error, found before any is timed; ours being wrong is an error."""
+    """The layers that are right, and every layer's error, before any is timed. Raises if one of ours is wrong."""
     right, errors = dict(layers), {}
     widths = sorted({(size.get("input", size["width"]), size["width"]) for size in found})
     for name, layer in layers.items():
@@ -72,7 +72,7 @@ def checked(
                 for pair in widths
                 if layer.takes(*pair)
             )
-        except Exception as error:  # another's failure is a result
+        except Exception as error:  # another library's failure is a result
             if name in ("minGRU", "minLSTM"):
                 raise
             errors[name] = f"{type(error).__name__}: {error}"[:300]
@@ -88,7 +88,7 @@ def _draw(batch: int, length: int, width: int, device: torch.device, dtype: torc
 class LayerTimer(Timer):
     dtype: torch.dtype
     limits: cost.Machine
-    peaks: memory.Peaks | None  # where memory is measured in another process
+    peaks: memory.Peaks | None  # set where memory is measured in another process
 
     @property
     def size(self) -> tuple[int, int, int, int]:
@@ -109,7 +109,7 @@ class LayerTimer(Timer):
         return self.measure({name: partial(self.call, layer, self.x) for name, layer in layers.items()}, more)
 
     def may(self, layer: str, points: list[Point]) -> bool:
-        """False where a shorter sequence was too much already, or says that this one will be; that is noted."""
+        """Whether to try the layer; records False if a shorter sequence failed or predicts a time-out."""
         same = {"layer": layer} | {key: value for key, value in self.said.items() if key != "length"}
         length = self.said["length"]
         shorter = [p for p in points if same.items() <= p.items() and p["length"] < length]
@@ -128,14 +128,14 @@ class LayerTimer(Timer):
 
     @cached_property
     def x(self) -> Tensor:
-        """(B, T, input), the same for all layers."""
+        """The input (B, T, width of the input), the same for all layers."""
         return self._input()
 
     def _input(self) -> Tensor:
         return _draw(*self.size[:3], self.device, self.dtype)
 
     def call(self, layer: Layer, x: Tensor) -> Call:
-        """What is timed."""
+        """The run that is timed."""
         usual = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)  # not by `.to`, which fake tensors do not all survive
         try:
@@ -146,7 +146,7 @@ class LayerTimer(Timer):
         return work(self.data.task, layer, net, x)
 
     def _peak_elsewhere(self, name: str, peaks: dict[str, Point]) -> bool:
-        """False where it is too much, which is noted."""
+        """Measures a layer's peak in another process; records and returns False if that fails."""
         batch, length, inputs, width = self.size
         settings = (self.data.task, name_of(self.dtype), torch.get_num_threads(), PATIENCE * self.data.limit)
         status, value = self.peaks(name, *settings, width, batch, length, inputs)
@@ -157,7 +157,7 @@ class LayerTimer(Timer):
         return status == "done"
 
     def _costs(self, name: str, layer: Layer) -> Point:
-        """Of one run over a sequence. What cannot be counted is not; and no loop, where counting takes minutes."""
+        """The costs of one run over a sequence. Loops are not counted, which would take minutes."""
         if name.endswith("loop") or self.data.task not in ("train", "forward"):
             return {}
         try:
@@ -170,7 +170,7 @@ class LayerTimer(Timer):
         return {"operations": operations, "bytes": moved, "least": self.limits.seconds(counted)}
 
     def _energy(self, call: Call, median: float) -> Point:
-        """By the card's own counter (millijoules, of some 20 ms at a time), over half a second."""
+        """The joules of a run, over half a second, by the card's counter (millijoules, updated about every 20 ms)."""
         if self.device.type != "cuda":
             return {}
         try:
@@ -188,12 +188,12 @@ class LayerTimer(Timer):
 
 
 def work(task: str, layer: Layer, net: nn.Module, x: Tensor) -> Call:
-    """One run of a task; x is (B, T, input). A training step leaves gradients of the input and of the weights."""
-    net.train(task == "train")  # else torch's layers keep what only a gradient needs
+    """One run of a task on x (B, T, width of the input). A training step computes input and weight gradients."""
+    net.train(task == "train")  # otherwise torch's layers keep what only a gradient needs
     if task == "train":
         x.requires_grad_()
         leaves = [x, *net.parameters()]
-        # Of the sum of squares: something that reads all of the output once.
+        # The loss is the sum of squares, which reads the whole output once.
         return lambda: torch.autograd.grad(layer.read(net, x)[0].square().sum(), leaves)
 
     @torch.inference_mode()
@@ -223,7 +223,7 @@ def prepare_count(
 
 
 def parameters(widths: list[int]) -> list[Point]:
-    """Of layers that are `expansion` times as wide as their input, as torch counts them."""
+    """The parameters, as torch counts them, of layers that are `expansion` times as wide as their input."""
     import minrnn
 
     kinds = {"minGRU": minrnn.MinGRU, "GRU": nn.GRU, "minLSTM": minrnn.MinLSTM, "LSTM": nn.LSTM}

@@ -1,4 +1,4 @@
-"""The one timer: what is compared at one size is run by turns; what cannot be done is noted, and the rest goes on."""
+"""Times layers at one size by turns; a failure is recorded and does not stop the others."""
 
 import dataclasses
 import itertools
@@ -13,22 +13,22 @@ from ..measure import Call, once, summary
 
 Point = dict[str, Any]
 Build = Callable[[], Call]  # makes what is timed
-# What points say of themselves (sizes, and what else is varied), and what gives them, of the points before.
+# The entries that identify points (sizes, and what else varies), and a function from the earlier points to these.
 Case = tuple[Point, Callable[[list[Point]], list[Point]]]
 
 WARM_UPS = 2
 MOST = 1000  # runs of a layer at a point
-PATIENCE = 4  # times data.limit: what a first run, and one whose memory is measured, may take
-# A device that is of no more use to a process; older torch has no name for it.
+PATIENCE = 4  # times data.limit: the limit of a first run, and of one whose memory is measured
+# The error of a device that the process can no longer use; older torch lacks it.
 DEVICE_LOST = getattr(torch, "AcceleratorError", ())
 
 
 @dataclasses.dataclass
 class Timer:
-    """All layers at one size.
+    """Times all layers at one size.
 
     Attributes:
-        said: what all its points say of themselves.
+        said: the entries that all its points share.
     """
 
     data: EfficiencyData
@@ -42,7 +42,7 @@ class Timer:
     def measure(
         self, builds: dict[str, Build], more: Callable[[str, Call, Point], Point] = lambda *_: {}
     ) -> list[Point]:
-        """Notes a point of each; `more` gives what it says beside its times, of its name, its call and these."""
+        """Records a point for each; `more` gives its further entries, from its name, its call and its times."""
         calls, times, peaks = {}, {}, {}
         for name, build in builds.items():
             warm = self.attempt(name, partial(self._warm, build))
@@ -54,7 +54,7 @@ class Timer:
             else:
                 calls[name], times[name], peaks[name] = call, [], {} if peak is None else {"peak": peak}
         left = dict(calls)
-        while left:  # by turns, so that what disturbs the machine disturbs all
+        while left:  # by turns, so that a disturbance affects all alike
             for name, call in list(left.items()):
                 taken = self.attempt(name, partial(once, call, self.device.type))
                 if taken is None:
@@ -69,7 +69,7 @@ class Timer:
         return self.points
 
     def attempt(self, layer: str, f: Callable[[], Any]) -> Any:
-        """What `f` gives; None where it cannot be done, which is noted. After some errors a device can do no more."""
+        """The result of `f`, or None after a failure, which is recorded. Errors that end the device are raised."""
         try:
             return f()
         except torch.OutOfMemoryError as error:
@@ -80,14 +80,14 @@ class Timer:
             self.note(layer, "failed", f"{type(error).__name__}: {error}"[:300])
 
     def _warm(self, build: Build) -> tuple[Call, float, int | None]:
-        """The run, the seconds that it took at last, and the peak of memory on a GPU."""
+        """The run, the seconds that it last took, and its peak memory on a GPU."""
         call, watched = build(), self.device.type == "cuda" and self.data.memory
         if watched:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
         taken = once(call, self.device.type)
         for _ in range(WARM_UPS - 1):
-            # Long enough to have warmed up in it, or hopeless; the first pays for memory that is new.
+            # A run is long enough to have warmed up, or hopeless; the first one also pays for new memory.
             if self.data.seconds < taken <= self.data.limit or taken > PATIENCE * self.data.limit:
                 break
             taken = once(call, self.device.type)
@@ -95,10 +95,10 @@ class Timer:
 
     def enough(self, taken: list[float]) -> bool:
         n = len(taken)
-        if n < max(2, self.data.least) or (n > 10 and n % 10):  # to sort them takes longer than a short run
+        if n < max(2, self.data.least) or (n > 10 and n % 10):  # sorting them takes longer than a short run
             return False
         numbers = summary(taken)
-        # Ten short runs in a row may agree on a bad moment.
+        # Ten consecutive short runs may all fall into one bad moment.
         agree = n >= 10 and sum(taken) >= self.data.seconds / 20
         agree = agree and numbers["q3"] - numbers["q1"] <= self.data.spread * numbers["median"]
         return agree or n >= MOST or sum(taken) >= self.data.seconds
@@ -112,7 +112,7 @@ def sizes(data: EfficiencyData) -> list[Point]:
 
 
 def dtypes(data: EfficiencyData, device: torch.device) -> list[torch.dtype]:
-    """half: bfloat16, which a T4 does not have."""
+    """The dtypes to measure; `half` is bfloat16, or float16 on a GPU without it, such as a T4."""
     old = device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0)
     names = {"half": "float16" if old else "bfloat16"}
     return [getattr(torch, names.get(name, name)) for name in data.dtypes or [data.dtype]]

@@ -1,6 +1,6 @@
-"""What is run: the paper's tables as data, which run fills which cell, and which are wanted first. Needs no torch.
+"""The grid: the paper's tables as data, the runs that fill their cells, and their order. Needs no torch.
 
-Each experiment has a file with its METRICS, TABLES and CELLS; planner, tables, figures and report follow.
+Each experiment has a file with its METRICS, TABLES and CELLS, from which planner, tables, figures and report follow.
 """
 
 from collections.abc import Iterable
@@ -23,8 +23,8 @@ CELLS = (
 
 
 def runs(profile: str, seeds: int, cells: Iterable[Cell] = CELLS) -> list[Run]:
-    """Every run once, most wanted first, all of seed 0 before any of seed 1; those of a seed of their own come last."""
-    groups: dict[tuple[str, tuple[int, ...] | None], list[Cell]] = {}  # of one configuration and the same seeds
+    """Every run once, most wanted first, seed 0 before seed 1; runs of cells with their own seeds come last."""
+    groups: dict[tuple[str, tuple[int, ...] | None], list[Cell]] = {}  # cells with one configuration and the same seeds
     for cell in sorted((cell for cell in cells if profile in cell.profiles), key=lambda cell: cell.order):
         groups.setdefault((group_id(cell.config(profile)), cell.seeds), []).append(cell)
     found = []

@@ -33,10 +33,10 @@ class Cell:
     column: str
     metric: str
     experiment: str
-    overrides: tuple[str, ...]  # beside profile and seed, the whole command line of its runs
+    overrides: tuple[str, ...]  # the command line of its runs, without profile and seed
     order: int  # the smaller, the more wanted
     profiles: tuple[str, ...] = PROFILES  # that have it
-    asked: tuple[str, ...] = ()  # profiles that leave it to who asks for it by name, as it takes long
+    asked: tuple[str, ...] = ()  # profiles that run it only on request, as it takes long
     seeds: tuple[int, ...] | None = None  # None: as many as are wanted, from 0
 
     def config(self, profile: str) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Cell:
         return (*self.overrides, *(() if named else (f"profile={profile}",)))
 
     def command(self, profile: str, seed: int | str) -> str:
-        """What a reader types for one of its runs."""
+        """The command line of one of its runs, for readers."""
         return f"python -m experiments.{self.experiment} {shlex.join(self.settings(profile))} seed={seed}"
 
     def paper_scale(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Run:
 
     @property
     def asked(self) -> bool:
-        """Whether it is left to who asks for it by name."""
+        """Whether it is run only on request."""
         return all(self.config["profile"] in cell.asked for cell in self.cells)
 
 
@@ -114,7 +114,7 @@ def rate_cells(
     table: str, experiment: str, metric: str, rows: dict[str, tuple[str, ...]], rates: dict[str, tuple[str, ...]],
     *settings: str,
 ) -> tuple[Cell, ...]:  # fmt: skip
-    """Every row, whose settings `rows` has, at each of its rates, in profile cpu."""
+    """A cell for every row (with its settings) at each of its rates, in profile cpu."""
     return tuple(
         Cell(
             table, row, rate, metric, experiment, (*rows[row], f"train.learning_rate={rate}", *settings), 0,

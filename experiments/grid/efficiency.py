@@ -8,11 +8,11 @@ PARTS = {
     "cpu": ("train", "parameters", "context", "step", "forward", "batch", "width"),
     "paper": ("train", "parameters", "context", "step", "long", "half", "forward", "batch", "width"),
 }
-ASKED = {"cpu": ("long",)}  # beside them, where it is asked for by name
+ASKED = {"cpu": ("long",)}  # in addition, only on request
 BENCH = ("kernels", "layers", "precision", "copying", "language", "policy")  # of `make bench`, and of `make gpu` first
 
 
 def command(parts: Iterable[str], profile: str, settings: list[str]) -> list[str]:
-    """The process that measures them; settings come last and win."""
+    """The command that measures these parts; `settings` come last and win."""
     chosen = [] if any(setting.startswith("profile=") for setting in settings) else [f"profile={profile}"]
     return [sys.executable, "-m", "experiments.efficiency", "-m", f"part={','.join(parts)}", *chosen, *settings]

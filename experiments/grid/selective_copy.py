@@ -39,12 +39,12 @@ ROWS = {
 
 
 def chance(config: dict[str, Any]) -> float:
-    """In percent: a token is one of the vocabulary less marker and noise."""
+    """The accuracy of chance, in percent: a token is any of the vocabulary but marker and noise."""
     return 100 / (config["data"]["vocab"] - 2)
 
 
 def commonest(config: dict[str, Any]) -> float:
-    """Percent right of whoever knows how often each symbol came, but not when, and always names the commonest.
+    """The accuracy, in percent, of always naming the commonest symbol of the sequence.
 
     That is E[largest count] / M for M tokens over V symbols; P(largest <= k) = M! / V^M [x^M] (sum_{j<=k} x^j / j!)^V.
     """

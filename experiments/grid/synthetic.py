@@ -32,7 +32,7 @@ PARITY = {
 
 
 def chance(config: dict) -> float:
-    """In percent: of two answers."""
+    """The accuracy of chance, in percent: there are two answers."""
     return 50.0
 
 

@@ -22,7 +22,7 @@ from ..seeds import eval_seed, train_seed
 from .tasks import IGNORE, TASKS
 
 AT_ONCE = 1 << 18  # input ids in a part of a test at one length, or one sequence
-EACH = 1 << 16  # a length's test has evaluation batches of its own from here, and as many further on
+EACH = 1 << 16  # the first test length has its evaluation batches from here on, the second from twice this, and so on
 
 
 def sequences(cfg: Synthetic, lengths: tuple[int, int], batch_size: int, seed: int, device) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def evaluate(cfg: Synthetic, device: torch.device, model: nn.Module, split: str) -> dict[str, float]:
-    """Over the split's fixed batches."""
+    """The numbers of an evaluation over the split's fixed batches."""
     batches = (
         sequences(cfg, cfg.data.test_lengths, cfg.eval.batch_size, eval_seed(split, i), device)
         for i in range(cfg.eval.iters)
@@ -47,7 +47,7 @@ def evaluate(cfg: Synthetic, device: torch.device, model: nn.Module, split: str)
 
 
 def evaluate_lengths(cfg: Synthetic, device: torch.device, model: nn.Module, split: str) -> dict[str, float]:
-    """At each of eval.lengths, over one evaluation batch, cut into parts that fit into memory."""
+    """The numbers at each of eval.lengths, over one evaluation batch, in parts that fit into memory."""
     found = {}
     for i, n in enumerate(cfg.eval.lengths):
         part = max(1, min(cfg.eval.batch_size, AT_ONCE // n))
@@ -59,7 +59,7 @@ def evaluate_lengths(cfg: Synthetic, device: torch.device, model: nn.Module, spl
 
 
 def answers(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Loss, and the shares of positions and of sequences that are right."""
+    """The loss, and the shares of positions and of sequences that are right."""
     inputs, targets = batch
     marked = targets != IGNORE
     logits = model(inputs, marked=marked)[0].float()

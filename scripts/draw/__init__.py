@@ -1,1 +1,1 @@
-"""What draws records: tables, figures, report, and the blocks of the pages. It imports no model, and no torch."""
+"""Draws records as tables, figures, report, and blocks of the pages. It imports no model and no torch."""

@@ -1,4 +1,4 @@
-"""Records as the cells of tables: what was measured for each, beside what is published. Needs no torch."""
+"""Records as cells of tables: measured values beside published ones. Needs no torch."""
 
 import csv
 import io
@@ -45,7 +45,7 @@ class Entry:
         return TABLES[self.cell.table].label(self.cell)
 
     def values(self, which: str, metric: Metric | None = None) -> list[float]:
-        """By seed; empty where a record does not have this number."""
+        """The values by seed; empty where a record does not have this number."""
         metric = metric or self.metric
         values = [(record | record["metrics"][which]).get(metric.key) for record in self.done]
         return [] if None in values else [value * metric.scale for value in values]
@@ -55,7 +55,7 @@ class Entry:
         return statistics.fmean(values) if values else None
 
     def std(self, which: str = "last", metric: Metric | None = None) -> float | None:
-        """Of a sample (ddof = 1)."""
+        """The standard deviation of the sample (ddof = 1)."""
         values = self.values(which, metric)
         return statistics.stdev(values) if len(values) > 1 else None
 
@@ -64,7 +64,7 @@ class Entry:
         return [record["seed"] for record in self.done]
 
     def of_seeds(self, seeds: Iterable[int]) -> "Entry":
-        """The same cell, of these seeds only."""
+        """The same cell with these seeds only."""
         return replace(self, done=[record for record in self.done if record["seed"] in seeds])
 
 
@@ -133,7 +133,7 @@ def entries(table: str, profile: str, records: Records, paper: dict) -> list[Ent
 
 
 def common_seeds(found: list[Entry]) -> list[int]:
-    """Those that every entry with a record has: what rows are compared over."""
+    """The seeds that every entry with a record has; rows are compared over these."""
     seeds = [set(entry.seeds) for entry in found if entry.done]
     return sorted(set.intersection(*seeds)) if seeds else []
 
@@ -143,7 +143,7 @@ def file_name(table: str, profile: str) -> str:
 
 
 def measured_tables(records: Records, paper: Path = PAPER) -> Iterator[tuple[str, str, list[Entry]]]:
-    """(table, profile, its cells) of each that has any record."""
+    """Yields (table, profile, its cells) for each that has any record."""
     values = read_paper(paper)
     for table in TABLES:
         for profile in sorted({record["profile"] for record in records.values()}, key=PROFILES.index, reverse=True):
@@ -153,14 +153,14 @@ def measured_tables(records: Records, paper: Path = PAPER) -> Iterator[tuple[str
 
 
 def seconds_a_step(done: list[dict[str, Any]]) -> float:
-    """Of training a character model, without its evaluations: mean over seeds."""
+    """The training seconds per step of a character model, without evaluations: mean over seeds."""
     config = done[0]["config"]
     tokens = config["train"]["batch_size"] * config["data"]["block_size"]
     return statistics.fmean(tokens / record["tokens_per_second"] for record in done)
 
 
 def judged_by(entry: Entry) -> str:
-    """Published losses are those of the best point, accuracies of the last."""
+    """Whether "best" or "last" compares with the published value: losses are published at the best point."""
     return "last" if entry.metric.higher_is_better else "best"
 
 
@@ -177,7 +177,7 @@ def _values(key: str, configs: list[dict[str, Any]]) -> str:
 
 
 def machines(records: list[dict[str, Any]]) -> list[str]:
-    """Each once, in order of its name."""
+    """The distinct machines of the records, by name."""
     hardware = [record["hardware"] for record in records if record.get("hardware")]
     return sorted({h["gpu"] if "gpu" in h else f"{h['cpu']} ({_cores(h)})" for h in hardware}) or ["unknown"]
 

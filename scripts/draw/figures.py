@@ -30,7 +30,7 @@ Panel = tuple[str, dict[str, list[dict]]]  # title, and by model its records
 
 
 def panels_of(table: str, found: list[Entry]) -> list[Panel]:
-    """Those that have any record: as the grid divides a table's rows, or one for each column of a wide table."""
+    """The panels that have any record: as the grid divides a table's rows, or one for each column of a wide table."""
     if TABLES[table].wide:
         columns = dict.fromkeys(entry.cell.column for entry in found)
         panels = [(c, {e.cell.row: e.done for e in found if e.cell.column == c}) for c in columns]
@@ -61,7 +61,7 @@ def curves(panels: list[Panel], curve: str, scale: float = 1) -> Figure:
 
 
 def _band(ax: Axes, seeds: list[list[list[float]]], scale: float, i: int, of: int, label: str, unit: float = 1) -> None:
-    """`unit` of the horizontal axis is what a step takes there."""
+    """Draws the mean curve and its band; `unit` is the length of a step on the horizontal axis."""
     values = defaultdict(list)
     for points in seeds:
         for step, _, value in points:
@@ -93,7 +93,7 @@ def score_against_steps(table: str, found: list[Entry]) -> Figure:
 
 
 def _labelled(figure: Figure, below: str, beside: str, top: float | None = None) -> Figure:
-    """The vertical axes from zero on."""
+    """The figure with labelled axes; the vertical ones begin at zero."""
     for ax in figure.axes:
         ax.set_ylim(0, top)
     figure.supxlabel(below, fontsize=8)
@@ -111,7 +111,7 @@ def loss_against_steps_and_time(table: str, found: list[Entry]) -> Figure:
         if done:
             for ax, unit in zip(axes, (1, seconds_a_step(done) / 60), strict=True):
                 _band(ax, [record["curves"]["val_loss"] for record in done], 1, i, len(models), name, unit)
-    # From above a model that knows how often each character follows another (2.48 nats) on.
+    # The axis reaches just above a bigram model (2.48 nats).
     axes[0].set_ylim(lowest - 0.05, max(2.55, lowest + 0.3))
     axes[0].set(xlabel="training steps", ylabel="validation loss, nats per character")
     axes[0].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -141,8 +141,8 @@ def score_against_target(table: str, found: list[Entry]) -> Figure:
 def interquartile(table: str, found: list[Entry]) -> Figure:
     """Interquartile mean over datasets and seeds, with 95 % of a bootstrap that draws seeds anew in each dataset.
 
-    (Agarwal et al., arXiv 2108.13264, section 4.) Of the datasets that every model has with all its seeds: else each
-    would have a mean over others.
+    (Agarwal et al., arXiv 2108.13264, section 4.) It covers only datasets that every model has with all its seeds;
+    otherwise the means would be over different datasets.
     """
     figure = Figure(figsize=(4.2, 2.6), layout="constrained")
     ax = figure.subplots()
@@ -163,10 +163,10 @@ def interquartile(table: str, found: list[Entry]) -> Figure:
 
 
 def interquartile_mean(scores: list[list[float]], draws: int = 2000) -> tuple[float, float, float]:
-    """Of scores by dataset and seed: the mean of their middle half, and the 2.5 and 97.5 % points of its bootstrap."""
+    """The mean of the middle half of scores by dataset and seed, and the 2.5 and 97.5 % points of its bootstrap."""
 
     def middle(values: np.ndarray) -> np.ndarray:
-        """Along the last dimension; values at the quarters' edges count in part."""
+        """The mean of the middle half along the last dimension; values at its edges count in part."""
         n = values.shape[-1]
         place = np.arange(n)
         weights = np.clip(np.minimum(place + 1, 0.75 * n) - np.maximum(place, 0.25 * n), 0, None)
@@ -190,7 +190,7 @@ def _chance(ax: Axes, table: str, found: list[Entry]) -> None:
 
 
 def layers(table: str, profile: str, found: list[Entry]) -> Figure:
-    """Means with standard deviations; hollow the paper's, at its own scale only."""
+    """Means with standard deviations; hollow markers are the paper's, at its own scale only."""
     figure = Figure(figsize=(4.2, 3.0), layout="constrained")
     ax = figure.subplots()
     models = dict.fromkeys(entry.cell.row for entry in found)
@@ -279,7 +279,7 @@ def rates(found: list[Entry]) -> Figure:
 
 
 def write_all(results_dir: str | Path) -> list[Path]:
-    """Returns the files for reading (png)."""
+    """Writes all figures and returns the files for reading (png)."""
     written = []
     folder = Path(results_dir) / "figures"
 

@@ -58,7 +58,7 @@ def copying_found(profile: str, found: list[Entry]) -> list[str]:
 
 
 def bias_found(profile: str, found: list[Entry]) -> list[str]:
-    """Compares means over the curve, which are larger for who learns sooner."""
+    """Sentences that compare means over the curve, which are larger for a model that learns sooner."""
     done = [entry for entry in found if entry.done]
     if len(done) < 2:
         return []
@@ -85,7 +85,7 @@ def language_found(profile: str, found: list[Entry]) -> list[str]:
                 f"{entry.cell.row} minus Transformer is {above:+.3f} nats, which {verdict} the criterion of at most "
                 f"+{NEAR}."
             )
-    # Of the mean curve, so that a step belongs to it: the mean of the seeds' own best points is no point of any curve.
+    # The best point of the mean curve has a step; the mean of the seeds' own best points lies on no curve.
     curve, ratios = mean_curve(transformer), []
     level = min(curve.values())
     step = first_step_at(transformer, level)
@@ -109,7 +109,7 @@ def language_found(profile: str, found: list[Entry]) -> list[str]:
 
 
 def mean_curve(entry: Entry) -> dict[int, float]:
-    """Validation loss by step, over the seeds."""
+    """The validation loss by step, mean over the seeds."""
     curves = [{step: value for step, _, value in record["curves"]["val_loss"]} for record in entry.done]
     steps = sorted(set.intersection(*map(set, curves)))
     return {step: sum(curve[step] for curve in curves) / len(curves) for step in steps}
@@ -140,7 +140,7 @@ def calibration_found(profile: str, found: list[Entry]) -> list[str]:
 
 
 def convention_found(profile: str, found: list[Entry]) -> list[str]:
-    """What the Transformer is behind, under each convention."""
+    """Sentences on each model's loss minus the Transformer's, under each convention."""
     said = []
     for row in dict.fromkeys(entry.cell.row for entry in found):
         gaps = []
@@ -154,7 +154,7 @@ def convention_found(profile: str, found: list[Entry]) -> list[str]:
 
 
 def rates_found(profile: str, found: list[Entry]) -> list[str]:
-    """The rate that is best on validation, of each row; where it is the first or last, a further one may be better."""
+    """Sentences on each row's best rate on validation; if it is the first or last, one beyond may be better."""
     said = []
     for row in dict.fromkeys(entry.cell.row for entry in found):
         mine = [entry for entry in found if entry.cell.row == row]
@@ -225,7 +225,7 @@ ASKED = re.compile(r"test_score_at_(\d+)").fullmatch  # a score that was asked f
 
 
 def parity_found(profile: str, found: list[Entry]) -> list[str]:
-    """At the longest test: who makes no error, who is no better than chance, and who is between."""
+    """Sentences on the longest test: which models make no error, are no better than chance, or lie between."""
     accuracy, exact = METRICS["accuracy_at_65536"], METRICS["exact_at_65536"]
     said, level = [], []
     for entry in found:
@@ -273,7 +273,7 @@ ROWS_APART = (
 
 
 def findings(table: str, profile: str, found: list[Entry]) -> list[str]:
-    """Sentences by rule, over the seeds that all rows have: nothing is concluded from one."""
+    """Sentences by rule, over the seeds that all rows have; nothing is concluded from one seed."""
     if table not in FINDINGS or profile == "smoke":
         return []
     if table in ROWS_APART:
@@ -285,7 +285,7 @@ def findings(table: str, profile: str, found: list[Entry]) -> list[str]:
 
 
 def compared_with_paper(found: list[Entry]) -> list[str]:
-    """At the paper's scale: whose interval, mean ± standard deviation (a point for one run), meets the paper's."""
+    """Sentences, at the paper's scale, on whose mean ± standard deviation (a point for one run) meets the paper's."""
     judged = [e for e in found if e.done and e.paper and e.paper.confirmed and e.paper.std is not None]
     meets, apart = [], []
     for entry in judged:
@@ -317,13 +317,13 @@ def _said(entry: Entry) -> str:
 
 
 def _line(reason: str | None, most: int = 160) -> str:
-    """The first line, safe in a list of markdown; the record has the rest."""
+    """The first line of a reason, safe in a markdown list; the record has the rest."""
     text = (reason or "no reason given").strip().splitlines()[0].replace("`", "'").replace("<", "&lt;")
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def times(records: Records) -> list[str]:
-    """How long the runs of a seed take, by the records' seconds, with as many at once as there are cores."""
+    """Sentences on how long a seed's runs take, by the records' seconds, with one run per core."""
     said = []
     names = {"selective_copy": "selective copying", "charlm": "character model", "decision": "decision RNNs"}
     for name, text in names.items():

@@ -9,7 +9,7 @@ Grid = tuple[list[str], list[list[str]]]
 
 
 def as_markdown(header: list[str], lines: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
-    """Aligned in the source too: to the right, where numbers stand, but for the columns `left`."""
+    """The grid in markdown, aligned in the source too: to the right, except for the columns `left`."""
     widths = [max(2, *(len(line[i]) for line in (header, *lines))) for i in range(len(header))]
     pad = [str.ljust if i in left else str.rjust for i in range(len(header))]
     rule = ["-" * width if i in left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
@@ -27,7 +27,7 @@ def as_csv(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 
 
 def number(value: float | None) -> str:
-    """For a csv: not rounded to what a reader sees."""
+    """The number as a csv has it, not rounded as for readers."""
     return "" if value is None else f"{value:.10g}"
 
 

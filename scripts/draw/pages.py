@@ -16,7 +16,7 @@ MARK = re.compile(r"^<!-- ([\w:]+) -->$", re.MULTILINE)
 
 
 def pages() -> list[Path]:
-    """Of the working directory."""
+    """The pages in the working directory."""
     return [path for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))) if path.exists()]
 
 
@@ -34,21 +34,21 @@ def renew(name: str, text: str) -> None:
 
 
 def write(path: Path, content: str) -> None:
-    """Whole or not at all, and only where it differs: several planners renew the same files."""
+    """Writes a file atomically, and only if it changes, as several planners renew the same files."""
     if path.exists() and path.read_text() == content:
         return
     files.write(path, content)
 
 
 def main(drawn: ModuleType) -> None:
-    """The command of tables, figures or report."""
+    """Runs the command of tables, figures or report."""
     parser = argparse.ArgumentParser(description=drawn.__doc__.splitlines()[0])
     parser.add_argument("--results-dir", default="results", help="holds runs/; files are written here (results)")
     draw(drawn, parser.parse_args().results_dir)
 
 
 def draw(drawn: ModuleType, results_dir: str) -> None:
-    """Pages show what lies in their own results folder."""
+    """Writes all files, and renews the pages if the results folder is theirs."""
     for path in drawn.write_all(results_dir):
         print(path)
     if results_dir == "results" and hasattr(drawn, "blocks"):

@@ -69,7 +69,7 @@ def section(folder: Path, table: str, profile: str, found: list[Entry]) -> str:
 
 
 def figures(folder: Path, table: str, profile: str, place: str) -> str:
-    """Those of a table that were drawn, each with its caption; `place` stands before their path."""
+    """The drawn figures of a table, each with its caption; `place` is put before their paths."""
     suffix, shown = "" if profile == "paper" else f"_{profile}", []
     for name, text in FIGURES:
         path = f"figures/{name.format(table=table, suffix=suffix)}.png"
@@ -85,7 +85,7 @@ def _metrics(table: str) -> set[str]:
 
 
 def runs(profile: str, found: list[Entry]) -> str:
-    """The command of each row and the records that it gave, by seed."""
+    """The command of each row and its records, by seed."""
     lines, count = [], 0
     for entry in found:
         done = entry.done + entry.others
@@ -119,7 +119,7 @@ def made_with(records: list[dict]) -> str:
 
 
 def page(results_dir: str | Path, profiles: tuple[str, ...], records: Records, paper: Path) -> str | None:
-    """None where there is no record of these profiles."""
+    """The report of these profiles, or None where they have no record."""
     chosen = {name: record for name, record in records.items() if record["profile"] in profiles}
     sections = list(measured_tables(chosen, paper))
     shown = {r["run_id"]: r for _, _, found in sections for entry in found for r in (*entry.done, *entry.others)}
@@ -163,7 +163,7 @@ def efficiency_figures(folder: Path, ending: str, parts: dict[str, efficiency.Pa
 
 
 def blocks(results_dir: str | Path, paper: Path = PAPER) -> dict[str, str]:
-    """What the pages show, by the names of their marks; those of docs/ find figures in ../results."""
+    """The blocks of the pages, by the names of their marks; pages in docs/ find figures in ../results."""
     folder, place = Path(results_dir), f"../{results_dir}/"
     records = load(folder)
     found = {"found:times": _list(times(records))} | summary.blocks(folder, paper)

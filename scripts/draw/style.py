@@ -1,4 +1,4 @@
-"""How figures look."""
+"""The style of all figures."""
 
 from matplotlib.axes import Axes
 
@@ -25,6 +25,6 @@ SETTINGS = {
 
 
 def head(ax: Axes, title: str, columns: int = 3) -> None:
-    """Title and legend above the axes, where no line can run through them."""
+    """Puts title and legend above the axes, where no line can run through them."""
     place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
     ax.legend(title=title, ncols=columns, alignment="left", columnspacing=1.2, **place)

@@ -57,7 +57,7 @@ HEADER = ["claim", "paper", "ours", "scale", "verdict", "details"]
 
 
 def verdict(value: float | None, spread: float | None, paper: Published | None, own: bool, metric: Metric) -> str:
-    """Of a trained model; see this module's rule."""
+    """The verdict on a trained model, by this module's rule."""
     if value is None:
         return "not yet run"
     if paper is None or not paper.confirmed:
@@ -70,7 +70,7 @@ def verdict(value: float | None, spread: float | None, paper: Published | None, 
 
 
 def speed_verdict(value: float | None, paper: float, machine: str) -> str:
-    """Of a ratio of times; see this module's rule."""
+    """The verdict on a ratio of times, by this module's rule."""
     if value is None:
         return "not yet run"
     if value >= paper:
@@ -79,7 +79,7 @@ def speed_verdict(value: float | None, paper: float, machine: str) -> str:
 
 
 def trained(table: str, row: str, column: str, claim: str, details: str, records: Records, paper: dict) -> Line:
-    """The paper's setting where it was run, else profile cpu."""
+    """A line on a trained model, in the paper's setting where it was run, else in profile cpu."""
     found = {}
     for profile in ("paper", "cpu"):
         for entry in entries(table, profile, records, paper):
@@ -99,7 +99,7 @@ def trained(table: str, row: str, column: str, claim: str, details: str, records
 
 
 def decision(row: str, records: Records, paper: dict) -> Line:
-    """The mean over D4RL's sets, once all of them have been run with a seed in common."""
+    """A line on the mean over D4RL's sets, once all of them have a seed in common."""
     metric = METRICS["score"]
     mine = [entry for entry in entries("table3_d4rl", "paper", records, paper) if entry.cell.row == row]
     values = mean_scores(mine)
@@ -117,7 +117,7 @@ def decision(row: str, records: Records, paper: dict) -> Line:
 
 
 def mean_scores(of_datasets: list[Entry]) -> list[float]:
-    """By seed that every dataset has; empty where a dataset has none."""
+    """The mean score for each seed that every dataset has; empty where a dataset has none."""
     if not all(entry.done for entry in of_datasets):
         return []
     seeds = common_seeds(of_datasets)
@@ -132,7 +132,7 @@ def mean_published(values: list[Published | None]) -> Published | None:
 
 
 def speeds(machines: efficiency.Machines, paper: dict) -> list[Line]:
-    """Of the machine nearest to the paper's: its T4, another GPU, a CPU."""
+    """Lines on the machine nearest to the paper's: a T4, another GPU, or a CPU."""
     claims = [c for c in efficiency_tables.CLAIMS if c.part == "train" and c.key == "median" and c.unit == "x"]
     chosen = next(iter(by_nearness(machines)), None)
     lines = []
@@ -182,7 +182,7 @@ def reproduction(results_dir: str | Path, paper: Path = PAPER) -> str:
 
 
 def scaled_down(records: Records, paper: dict) -> str:
-    """What profile cpu makes smaller, of the tables that have runs of it."""
+    """The settings that profile cpu makes smaller, for the tables that have runs of it."""
     said = []
     for table, name in (("table1_layers", "selective copying"), ("charlm", "the character model")):
         found = [entry for entry in entries(table, "cpu", records, paper) if entry.done]
@@ -206,7 +206,7 @@ SHOWN = {  # by family: heads and layers
 
 
 def speed(results_dir: str | Path) -> str:
-    """Times of training a layer at two lengths on each machine, and the figure of the first."""
+    """Times of training a layer at two lengths on each machine, and the first machine's figure."""
     machines = by_nearness(efficiency.load(results_dir))
     if not machines:
         return ""
@@ -233,7 +233,7 @@ def speed(results_dir: str | Path) -> str:
 
 
 def _times(part: efficiency.Part, ours: str, length: int) -> list[str]:
-    """Of a family."""
+    """The times of a family's layers."""
     times = [part.of(layer).get(length) for layer in SHOWN[ours].values()]
     first, cells = times[0], []
     for point in times:
@@ -244,5 +244,5 @@ def _times(part: efficiency.Part, ours: str, length: int) -> list[str]:
 
 
 def blocks(results_dir: str | Path, paper: Path = PAPER) -> dict[str, str]:
-    """By the names of their marks."""
+    """The blocks of README.md, by the names of their marks."""
     return {"table:speed": speed(results_dir), "table:reproduction": reproduction(results_dir, paper)}

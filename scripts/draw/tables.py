@@ -34,7 +34,7 @@ def published(entry: Entry) -> str:
 
 
 def measured(entry: Entry) -> str:
-    """The last value, and how many runs gave none."""
+    """The last value, and the number of runs that gave none."""
     statuses = Counter(record["status"] for record in entry.others)
     troubles = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
     value = plus_minus(entry, "last")
@@ -46,7 +46,7 @@ def parameters(entry: Entry) -> str:
 
 
 def grid(table: str, profile: str, found: list[Entry]) -> grids.Grid:
-    """Header and lines. Ours is compared with a published value only at its scale."""
+    """Header and lines of a table. Our values are compared with published ones only at their scale."""
     shown = TABLES[table]
     if shown.wide:
         return wide_grid(shown, found)
@@ -74,7 +74,7 @@ def grid(table: str, profile: str, found: list[Entry]) -> grids.Grid:
 
 
 def wide_grid(shown: Table, found: list[Entry]) -> grids.Grid:
-    """Rows side by side; a line for each column of the table and each of last, best, more and the published value."""
+    """A table with its rows side by side, and a line for last, best, more and the published value in each column."""
     rows = dict.fromkeys(entry.cell.row for entry in found)
     kinds = {"last": measured, "best": lambda entry: plus_minus(entry, "best")}
     kinds |= {
@@ -163,7 +163,7 @@ def long(found: list[Entry]) -> str:
 
 
 def write_all(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:
-    """Returns the files for reading (md)."""
+    """Writes all tables and returns the files for reading (md)."""
     written = []
     for table, profile, found in measured_tables(load(results_dir), paper):
         path = Path(results_dir) / "tables" / f"{file_name(table, profile)}.md"
@@ -175,7 +175,7 @@ def write_all(results_dir: str | Path, paper: Path = PAPER) -> list[Path]:
 
 
 def blocks(results_dir: str | Path, paper: Path = PAPER) -> dict[str, str]:
-    """What the pages show, by the names of their marks: every file for reading."""
+    """The blocks of the pages, by the names of their marks: every file for reading."""
     found = {
         f"table:{file_name(table, profile)}": markdown(table, profile, cells)
         for table, profile, cells in measured_tables(load(results_dir), paper)

@@ -1,1 +1,1 @@
-"""What does the grid's runs: which is next, its process, and what is said of it. Needs no torch."""
+"""Plans and starts the grid's runs, and reports on them. Needs no torch."""

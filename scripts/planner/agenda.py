@@ -1,4 +1,4 @@
-"""What is to be done next, and how long it will take. Needs no torch."""
+"""The order of the runs that are left, and how long they will take. Needs no torch."""
 
 import importlib.metadata
 import json
@@ -16,10 +16,10 @@ from experiments.grid import Run
 
 @dataclass
 class Agenda:
-    """Runs in order, and what is known of them.
+    """The runs in order, and what is known about them.
 
     Attributes:
-        workers: runs that are done at once.
+        workers: number of runs at once.
         known: records by run id.
     """
 
@@ -46,27 +46,27 @@ class Agenda:
             self.known[run.run_id] = record
 
     def settled(self, run: Run) -> bool:
-        """Whether it need not be tried: final, or failed since this call began."""
+        """Whether the run need not be tried: it is final, or failed since this call began."""
         record = self.known.get(run.run_id)
-        # Another record than at first, not a later one: a clock may be ahead.
+        # The record is compared with the first one, not by time, as a clock may be ahead.
         return records.is_final(record) or (record is not None and record != self.before.get(run.run_id))
 
     def left(self) -> list[Run]:
         return [run for run in self.runs if not self.settled(run)]
 
     def progress(self, run: Run) -> dict[str, Any]:
-        """What the run last said of itself; empty where it has said nothing."""
+        """The last progress.json of the run; empty where there is none."""
         try:
             return json.loads((self.folder(run) / "progress.json").read_text())
         except (FileNotFoundError, ValueError):
             return {}
 
     def running(self) -> dict[str, dict[str, Any]]:
-        """What those say that run now, by run id."""
+        """The progress of the runs that run now, by run id."""
         return {}
 
     def seconds_a_step(self) -> dict[tuple[str, str | None], float]:
-        """By experiment and group of seeds, by experiment, and of all, from records of this kind of device."""
+        """Seconds per step by experiment and group of seeds, by experiment, and overall, on this kind of device."""
         device = "cuda" if has_gpu() else "cpu"
         times: dict[tuple[str, str | None], list[float]] = {}
         for run in self.runs:
@@ -77,12 +77,12 @@ class Agenda:
         return {key: sum(values) / len(values) for key, values in times.items()}
 
     def predicted(self, run: Run, speeds: dict) -> float | None:
-        """Seconds of the whole run: from other seeds, else from the experiment's other runs, else from any."""
+        """The seconds of a whole run, by the speed of other seeds, else of the experiment's other runs, else of any."""
         speed = next((speeds[key] for key in _alike(run) if key in speeds), None)
         return None if speed is None else speed * run.config["train"]["steps"]
 
     def seconds_left(self) -> float | None:
-        """Of all that is left, from records and from what the running ones say; None where nothing tells."""
+        """The seconds of all runs that are left, from records and from progress; None where neither tells."""
         speeds, running = self.seconds_a_step(), self.running()
         told = {name: now for name, now in running.items() if now.get("steps_per_second")}
         total, whole = sum(now["seconds_left"] for now in told.values()), None
@@ -98,7 +98,7 @@ class Agenda:
 
 
 def _alike(run: Run) -> tuple[tuple[str, str | None], ...]:
-    """Whose speed tells that of a run, the nearest first."""
+    """The groups whose speed predicts a run's, the most similar first."""
     return (run.experiment, run.group), (run.experiment, None), ("", None)
 
 
@@ -116,7 +116,7 @@ def has_gpu() -> bool:
 
 
 def cores() -> int:
-    """That this process may use, of a container's share too."""
+    """The number of cores that this process may use, within a container's share."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = Path("/sys/fs/cgroup/cpu.max")
     if share.exists():

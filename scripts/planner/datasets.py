@@ -1,4 +1,4 @@
-"""Which runs wait for data, and the making of what can be made here. Needs no torch."""
+"""Finds the runs that wait for data, and makes the data that can be made here. Needs no torch."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from .processes import Planner
 
 
 def needed(planner: Planner) -> dict[str, list[Run]]:
-    """The runs that are left by the file that they need, those that need one."""
+    """The runs that are left and need a file, by that file."""
     found: dict[str, list[Run]] = {}
     for run in planner.left():
         settings = run.config["data"]
@@ -22,13 +22,13 @@ def needed(planner: Planner) -> dict[str, list[Run]]:
 
 
 def missing(planner: Planner) -> dict[str, list[Run]]:
-    """The local datasets that are nowhere, and the runs that need them."""
+    """The missing local datasets, and the runs that need them."""
     found = needed(planner).items()
     return {name: of for name, of in found if name.startswith("local/") and data.locate(f"{name}.hdf5") is None}
 
 
 def making(dataset: str) -> list[str]:
-    """The command that makes a local dataset, less the interpreter."""
+    """The command that makes a local dataset, without the interpreter."""
     env, _, level = dataset.removeprefix("local/").partition("-")
     return ["-m", "scripts.collect", f"env={env}", f"level={level}"]
 
@@ -48,9 +48,9 @@ def collect(planner: Planner, names: Iterable[str]) -> None:
 
 
 def leave_without_data(planner: Planner, later: Iterable[str] = ()) -> list[Run]:
-    """The runs whose file is nowhere and cannot be fetched, or is not that of the records: said once, and left out.
+    """Leaves out and returns the runs whose file cannot be had or differs from the records'; reports each file once.
 
-    Not those of the files that are to be made `later`.
+    Runs whose files are to be made `later` stay.
     """
     waiting = []
     for name, runs_of_it in needed(planner).items():
@@ -69,7 +69,7 @@ def leave_without_data(planner: Planner, later: Iterable[str] = ()) -> list[Run]
 
 
 def same_as_before(planner: Planner, dataset: str) -> None:
-    """A local dataset is made anew on each machine; scores on two of one name are not joined in one table."""
+    """Checks a local dataset against the records', as machines make their own and scores on two must not be mixed."""
     path = data.locate(f"{dataset}.hdf5")
     if path is None:
         raise data.DataError(f"{dataset} is not here: python {' '.join(making(dataset))} makes it")

@@ -1,4 +1,4 @@
-"""Runs as processes, several at once, which stop at a checkpoint when they are told to. Needs no torch."""
+"""Does runs as processes, several at once, which stop at a checkpoint when told to. Needs no torch."""
 
 import contextlib
 import signal
@@ -28,10 +28,10 @@ class Planner(Agenda):
     """Goes through runs in order, `workers` at once.
 
     Attributes:
-        command: gives the command of a run that is to stop after so many seconds (None: at its end). It exits 0 with a
-            final record, 75 when it stopped before, with anything else when it failed.
+        command: gives the command of a run and the seconds after which it stops (None: at its end). It exits with 0 for
+            a final record, 75 if it stopped before, and anything else if it failed.
         renew: called after every run that ended.
-        signal: that told this process to stop.
+        signal: the signal that told this process to stop.
     """
 
     command: Callable[[Run, float | None], list[str]]
@@ -47,7 +47,7 @@ class Planner(Agenda):
 
     @property
     def seconds(self) -> float | None:
-        """Left of the budget."""
+        """The seconds left of the budget."""
         return None if self.deadline is None else self.deadline - time.monotonic()
 
     @property
@@ -72,7 +72,7 @@ class Planner(Agenda):
                             elsewhere.append(queue[0])
                         queue.pop(0)
                     if not queue and time.monotonic() > look:
-                        # Those that other processes have: done by now, or free because their process died.
+                        # Runs of other processes may be done by now, or free because their process died.
                         queue, elsewhere, look = elsewhere, [], time.monotonic() + LOOK
                     self._keep_to_the_budget()
                     bar.show()
@@ -84,7 +84,7 @@ class Planner(Agenda):
                     job.claim.close()
 
     def alone(self, command: list[str]) -> int:
-        """Another process, which is told to stop as runs are; its exit code."""
+        """Runs another process, which is told to stop as runs are, and returns its exit code."""
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         self.jobs.append(Job(None, process, Path(), 0, contextlib.ExitStack()))
         with self._stop_signals():
@@ -95,12 +95,12 @@ class Planner(Agenda):
         return process.returncode
 
     def _start(self, run: Run, bar: Bar) -> bool:
-        """False where another process has the run."""
+        """Starts a run and returns True; False where another process has it."""
         if self.tries[run.run_id] >= TRIES:
             bar.say(f"{run.label}, seed {run.seed}: left, it stopped {TRIES} times before its end; see its log.txt")
             return True
         with contextlib.ExitStack() as stack:
-            # Between planners this claim decides, at once; the run's own, against all others, is its process's.
+            # This claim decides between planners at once; the run's process then claims the run against all others.
             place = self.place(run).parent
             if not stack.enter_context(files.claim(place, "planner")):
                 return False
@@ -114,7 +114,7 @@ class Planner(Agenda):
             log = self.folder(run) / "log.txt"
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
-                # In a session of its own: what stops it is this process, by SIGTERM, once.
+                # In its own session, so that only this process stops it, by SIGTERM, once.
                 process = subprocess.Popen(
                     self.command(run, self.seconds), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                     start_new_session=True,
@@ -124,7 +124,7 @@ class Planner(Agenda):
         return True
 
     def _ended(self, job: "Job", bar: Bar) -> bool:
-        """False where it is to be tried again: it stopped before its end, or another process had it."""
+        """Whether the run is settled; False if it stopped early or another process had it, to be tried again."""
         run, code = job.run, job.process.returncode
         with job.claim:
             self.read(run)
@@ -146,7 +146,7 @@ class Planner(Agenda):
             self.signal = number
             self._tell_jobs()
 
-        # One that is ignored (nohup, a shell's background) stays so.
+        # Ignored signals (nohup, a shell's background) stay ignored.
         numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
         before = {number: signal.signal(number, stop) for number in numbers}
         try:
@@ -177,12 +177,12 @@ class Job:
     told: bool = False  # to stop
 
     def fresh(self, folder: Path) -> bool:
-        """Whether progress.json is of this process, not of an earlier one."""
+        """Whether progress.json is from this process, not from an earlier one."""
         path = folder / "progress.json"
         return path.exists() and path.stat().st_mtime >= self.started
 
     def reason(self) -> str:
-        """Why it died, where it left no record."""
+        """The reason why the process died, where it left no record."""
         code = self.process.returncode
         how = f"exit code {code}, without a record"
         if code < 0:

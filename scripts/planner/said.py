@@ -1,4 +1,4 @@
-"""What a person at a terminal is told of the runs. Needs no torch."""
+"""Reports on the runs to a person at a terminal. Needs no torch."""
 
 import argparse
 import re
@@ -19,7 +19,7 @@ from .agenda import Agenda
 
 
 class Bar:
-    """One bar over all runs, and a line for every run that ended."""
+    """Shows one bar over all runs, and a line for every run that ended."""
 
     def __init__(self, agenda: Agenda):
         self.agenda, self.shown = agenda, 0.0
@@ -77,7 +77,7 @@ def duration(seconds: float) -> str:
 
 
 def seconds(text: str) -> float:
-    """An argument's."""
+    """The seconds that an argument gives."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if not match or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"expected a time such as 90s, 20m or 2h, got {text!r}")
@@ -85,7 +85,7 @@ def seconds(text: str) -> float:
 
 
 def introduce(agenda: Agenda, profile: str, seeds: int, budget: float | None) -> None:
-    """What is done, what is left, and about how long it takes."""
+    """Prints what is done, what is left, and about how long that takes."""
     left = {run.run_id for run in agenda.left()}
     groups: dict[str, list[Run]] = {}
     for run in agenda.runs:
@@ -110,7 +110,7 @@ def introduce(agenda: Agenda, profile: str, seeds: int, budget: float | None) ->
 
 
 def conclude(agenda: Agenda, profile: str, why_left: str) -> Counter[str]:
-    """The tables, and what failed; gives how many runs have each status."""
+    """Prints the tables and what failed; returns how many runs have each status."""
     results = Path(agenda.results_dir)
     for table, of_profile, found in cells.measured_tables(cells.load(results)):
         if of_profile == profile:

@@ -1,4 +1,4 @@
-"""Local data in D4RL's schema: what policies do whose scores are of D4RL's levels, as HDF5 files."""
+"""Makes HDF5 files in D4RL's schema from policies whose scores match D4RL's levels."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from .policies import Episode, generator, play_rows, scores, summary, uniform
 from .training import NEAR, PACKAGES, RECIPES, Training, progress, thin, trained
 
 ROWS = {"random": 5_000, "medium": 100_000}  # of a file, and of each half of medium-expert
-REPLAY = 200_000  # rows of medium-replay; of a longer log, episodes are left out evenly
-EXPERT = 80  # score: as good should an expert be; what is not is pointed out
+REPLAY = 200_000  # rows of medium-replay; a longer log is thinned evenly
+EXPERT = 80  # score that an expert should reach; a lower one is reported
 PARTS = {"random": ("random",), "medium": ("medium",), "medium-expert": ("medium", "expert")}
 
 
@@ -55,9 +55,9 @@ def collect(settings: Settings) -> None:
     if not paths:
         return
     torch.set_num_threads(settings.threads)
-    if settings.threads == 1:  # JAX reads it when it is loaded; its threads are slower beside other work
+    if settings.threads == 1:  # set before JAX is loaded; its threads are slower beside other work
         os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
-    (settings.folder / "local").mkdir(parents=True, exist_ok=True)  # what cannot be written is better known at once
+    (settings.folder / "local").mkdir(parents=True, exist_ok=True)  # an unwritable folder should fail at once
 
     training = None
     if settings.level != "random":
@@ -94,7 +94,7 @@ def collect(settings: Settings) -> None:
 
 
 def describe(settings: Settings, level: str, episodes: list[Episode], training: Training | None) -> dict[str, Any]:
-    """A file's metadata."""
+    """The metadata of a file."""
     facts = {
         "source": "local (minrnn scripts.collect); not D4RL's",
         "environment": ENVIRONMENTS[settings.env].id,
@@ -126,7 +126,7 @@ def describe(settings: Settings, level: str, episodes: list[Episode], training: 
 
 
 def write(path: Path, env: str, episodes: list[Episode], facts: dict[str, Any]) -> None:
-    """Whole or not at all; and only what experiments can read stands under its name."""
+    """Writes a file atomically, after a check that experiments can read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -146,4 +146,4 @@ def _describe(group: h5py.Group, facts: dict[str, Any]) -> None:
         if isinstance(value, dict):
             _describe(group.create_group(key), value)
         elif value is not None:
-            group.attrs[key] = str(value) if isinstance(value, str) else value  # h5py takes no class of torch's
+            group.attrs[key] = str(value) if isinstance(value, str) else value  # h5py takes no subclass of str

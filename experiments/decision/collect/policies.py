@@ -1,4 +1,4 @@
-"""Policies without their learners, and the episodes that they play."""
+"""Policies without their learners, and the episodes they play."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,19 +12,19 @@ from ...seeds import QUARTER
 from ..data import ENVIRONMENTS, normalized
 from ..episodes import make
 
-Episode = dict[str, np.ndarray]  # by KEYS, one row a step
+Episode = dict[str, np.ndarray]  # by KEYS, one row per step
 Act = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # (n, S) observations to (n, A) float32 actions
 
 BATCH = 20  # episodes played at once for a file
 
 
 class Policy:
-    """A trained policy without its learner: numbers only, which a file can hold without code.
+    """A trained policy without its learner: only arrays, which a file can hold without code.
 
     Args:
-        arrays: `mean`, `std`, `clip` of observations; `weight0`, `bias0` and so on, of the layers; and `log_std` (A,),
-            or `weight_std`, `bias_std` of the layer that gives it. With the latter, TQC's form (and SAC's), hidden
-            layers are ReLU and actions tanh; with the former, PPO's, hidden layers are tanh and actions clipped.
+        arrays: `mean`, `std`, `clip` for observations; `weight0`, `bias0` and so on for the layers; and for the
+            deviation either `log_std` (A,), as in PPO, where hidden layers are tanh and actions clipped, or
+            `weight_std`, `bias_std` of its layer, as in TQC and SAC, where hidden layers are ReLU and actions tanh.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]):
@@ -34,7 +34,7 @@ class Policy:
         self.squashed = "weight_std" in arrays
 
     def __call__(self, observations: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        """(n, A) float32 for (n, S); without a generator the mean action."""
+        """Actions (n, A), float32, for observations (n, S); the mean actions without a generator."""
         a = self.arrays
         x = np.clip((observations - a["mean"]) / a["std"], -a["clip"], a["clip"]).astype(np.float32)
         for weight, bias in self.layers[:-1]:
@@ -52,7 +52,7 @@ class Policy:
 
     @classmethod
     def of(cls, learner: Any) -> "Policy":
-        """What a learner would do now: PPO of stable_baselines3, TQC of sbx."""
+        """The current policy of a learner: PPO of stable_baselines3, or TQC of sbx."""
         normalization = learner.get_vec_normalize_env()
         arrays = {"mean": np.zeros(1), "std": np.ones(1), "clip": np.array(np.inf)}
         if normalization is not None:
@@ -75,7 +75,7 @@ class Policy:
 
 
 class Recorder(gymnasium.Wrapper):
-    """Adds to `log` each episode that has ended, as its environment saw it."""
+    """Adds each finished episode to `log`, as its environment saw it."""
 
     def __init__(self, env: gymnasium.Env, log: list[Episode]):
         super().__init__(env)
@@ -105,10 +105,10 @@ def uniform(env: str) -> Act:
 
 
 def play(env: str, act: Act, count: int, rng: np.random.Generator) -> list[Episode]:
-    """Whole episodes, in step with each other."""
+    """Plays `count` whole episodes, in parallel."""
     logs = [[] for _ in range(count)]
     envs = [Recorder(make(ENVIRONMENTS[env].id), log) for log in logs]
-    # Below QUARTER, and so none that a policy is evaluated with.
+    # Seeds below QUARTER are not used to evaluate policies.
     seeds = rng.integers(QUARTER, size=count)
     observations = [env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds, strict=True)]
     while envs:
@@ -120,7 +120,7 @@ def play(env: str, act: Act, count: int, rng: np.random.Generator) -> list[Episo
 
 
 def play_rows(env: str, act: Act, rows: int, rng: np.random.Generator, bar: tqdm) -> list[Episode]:
-    """As many episodes as it takes. Whole batches are played: the first to end would be the short ones."""
+    """Episodes with at least `rows` rows in all, played in whole batches, as the first to end would be short ones."""
     found, count = [], 0
     while count < rows:
         for episode in play(env, act, BATCH, rng):
@@ -132,7 +132,7 @@ def play_rows(env: str, act: Act, rows: int, rng: np.random.Generator, bar: tqdm
 
 
 def scores(env: str, episodes: list[Episode]) -> np.ndarray:
-    """(E,), D4RL's."""
+    """D4RL's scores (E,) of episodes."""
     return np.array([normalized(env, episode["rewards"].sum(dtype=np.float64)) for episode in episodes])
 
 
@@ -141,5 +141,5 @@ def summary(values: np.ndarray) -> dict[str, float]:
 
 
 def generator(seed: int, purpose: str, number: int = 0) -> np.random.Generator:
-    """One of its own for each purpose, so that what is made does not depend on what else is."""
+    """A generator for one purpose, so that its data does not depend on what else is made."""
     return np.random.default_rng([seed, ("random", "screen", "look", "medium", "expert").index(purpose), number])

@@ -1,4 +1,4 @@
-"""The training of policies: one for each environment and seed, kept in a folder when it is finished."""
+"""Trains policies, once for each environment and seed, and keeps the finished training in a folder."""
 
 import importlib
 import json
@@ -18,10 +18,10 @@ from ..data import ENVIRONMENTS, KEYS
 from ..episodes import make
 from .policies import Episode, Policy, Recorder, generator, play, scores, summary
 
-SCREEN, LOOK = 10, 50  # episodes: of each checkpoint, and of those that may be medium or expert
+SCREEN, LOOK = 10, 50  # episodes for each checkpoint, and for candidates for medium or expert
 CANDIDATES = 5  # for the expert
-NEAR = 4  # score: a medium policy may be so far away
-# Where a learner comes from: sbx-rl is Stable-Baselines3 in JAX, with several times as many updates a second.
+NEAR = 4  # score: the largest distance of a medium policy from the target
+# The packages of each learner; sbx-rl is Stable-Baselines3 in JAX, with several times as many updates per second.
 PACKAGES = {"PPO": ("stable-baselines3",), "TQC": ("sbx-rl", "stable-baselines3", "jax")}
 
 
@@ -29,15 +29,15 @@ PACKAGES = {"PPO": ("stable-baselines3",), "TQC": ("sbx-rl", "stable-baselines3"
 class Recipe:
     """How an environment's policies are trained.
 
-    PPO's observations and rewards are normalised. It may stay at a poor policy: another seed helps.
+    PPO's observations and rewards are normalised. PPO may get stuck at a poor policy; another seed helps.
     """
 
-    medium: float  # mean score of D4RL's medium set, about
+    medium: float  # approximate mean score of D4RL's medium set
     learner: str  # PPO or TQC
     steps: int  # of training
     envs: int  # side by side
     settings: dict[str, Any]  # the learner's
-    falls: bool = False  # the learning rate, linearly to zero
+    falls: bool = False  # the learning rate falls linearly to zero
     checkpoints: int = 50
 
 
@@ -47,7 +47,7 @@ PPO = {
     "learning_rate": 1e-3,
     "policy_kwargs": {"optimizer_kwargs": {"fused": True}},
 }
-# An update for each step, 64 at once. SAC so, but for fewer random steps at first, stayed at 50.
+# One update per step, in groups of 64. SAC with these settings, but fewer random steps at first, stayed at 50.
 TQC = {
     "learning_starts": 10_000,
     "train_freq": 8,
@@ -65,7 +65,7 @@ RECIPES = {
 
 
 class CollectError(files.Refusal, RuntimeError):
-    """The text says what is wrong and what to do."""
+    """A training or its folder cannot be used; the text says what is wrong and what to do."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Checkpoint:
 
 
 def train(env: str, seed: int, bar: tqdm) -> tuple[list[Checkpoint], list[Episode]]:
-    """Checkpoints in order, and the log: each episode that the learner saw to its end, in the order of their ends."""
+    """Trains a policy; its checkpoints in order, and the log of the finished episodes in the order of their ends."""
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
     recipe, log, checkpoints = RECIPES[env], [], []
@@ -118,10 +118,10 @@ def learner_class(name: str) -> type:
 
 
 def choose(glances: list[float], look: Callable[[int], float], medium: float) -> tuple[int, int]:
-    """The checkpoints of level medium and expert: the first that is NEAR medium, else the nearest; and the best.
+    """The checkpoints of level medium and expert: the first within NEAR of medium, else the nearest; and the best.
 
-    Ten episodes say which they may be. To take their word for it would be to take luck for skill, so those few are
-    judged by `look`, which gives a checkpoint's score over more.
+    `glances`, the scores over SCREEN episodes, select candidates. Choosing by these few would reward luck, so `look`
+    scores each candidate over more episodes.
     """
     order = sorted(range(len(glances)), key=lambda i: abs(glances[i] - medium))
     may_be = sorted(i for i in order if abs(glances[i] - medium) <= 3 * NEAR) or order[:1]
@@ -137,19 +137,19 @@ def choose(glances: list[float], look: Callable[[int], float], medium: float) ->
 
 
 def thin(episodes: list[Episode], rows: int) -> list[Episode]:
-    """About so many rows at most: every episode has the same chance whatever its length, evenly over the training."""
+    """Episodes of about `rows` rows at most, spread evenly over the training, whatever their lengths."""
     share = min(1, rows / sum(len(episode["rewards"]) for episode in episodes))
     return [episode for i, episode in enumerate(episodes) if int((i + 1) * share) > int(i * share)]
 
 
 @dataclass
 class Training:
-    """What is kept of a finished one.
+    """A finished training, as it is kept.
 
     Attributes:
-        policies: of level medium and expert.
-        log: up to the medium one.
-        facts: what is said of it in a file's metadata; in JSON's types.
+        policies: those of level medium and expert.
+        log: the episodes up to the medium policy.
+        facts: the training's entries in a file's metadata; JSON types.
     """
 
     policies: dict[str, Policy]
@@ -158,9 +158,10 @@ class Training:
 
 
 def trained(env: str, seed: int, folder: Path) -> Training:
-    """The finished training of a folder, or one done now and kept there.
+    """The finished training in a folder, or a new one that is then kept there.
 
-    Raises CollectError: another process is at it, or what is there is of other settings or versions or cannot be read.
+    Raises CollectError: another process is training there, or the kept training has other settings or versions or
+    cannot be read.
     """
     with files.claim(folder) as free:
         if not free:
@@ -183,7 +184,7 @@ def trained(env: str, seed: int, folder: Path) -> Training:
 
 
 def _settings(env: str, seed: int) -> dict[str, Any]:
-    """All that a training depends on."""
+    """All settings that a training depends on."""
     recipe = RECIPES[env]
     versions = machine.versions("gymnasium", "mujoco", "numpy", *PACKAGES[recipe.learner])
     return {"environment": ENVIRONMENTS[env].id, "seed": seed, "recipe": asdict(recipe), "versions": versions}
@@ -215,7 +216,7 @@ def _train(env: str, seed: int, folder: Path) -> None:
         np.savez(folder / f"{level}.npz", **policy.arrays)
     episodes = log[: checkpoints[chosen["medium"]].episodes]
     np.savez(folder / "log.npz", **{key: np.concatenate([episode[key] for episode in episodes]) for key in KEYS})
-    records.write_json(folder / "training.json", facts)  # last: with it the training is whole
+    records.write_json(folder / "training.json", facts)  # last, as its presence marks the training as complete
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

@@ -41,7 +41,7 @@ Point = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """A record."""
+    """One record, with its points."""
 
     record: dict[str, Any]
 
@@ -51,7 +51,7 @@ class Part:
 
     @property
     def kind(self) -> str:
-        """Its task; of layers "layers" for a list of shapes, else "sweep"."""
+        """The part's task; for layers, "layers" where it lists shapes, else "sweep"."""
         data = self.record["config"]["data"]
         if data["task"] not in ("train", "forward", "context", "step"):
             return data["task"]
@@ -63,7 +63,7 @@ class Part:
 
     @property
     def machine(self) -> str:
-        """With its instruction set, which the settings of older records do not name."""
+        """The machine's name with its instruction set, which the settings of older records lack."""
         name, hardware = self.record["config"]["data"]["machine"], self.record["hardware"]
         vector = f" ({hardware['vector']})" if "vector" in hardware and "gpu" not in hardware else ""
         return name if name.endswith(vector) else name + vector
@@ -81,17 +81,17 @@ class Part:
         return sorted({point["batch"] for point in self.points})
 
     def at(self, layer: str, axis: str = "length", **given: int) -> dict[int, Point]:
-        """A layer's points by a size; the other two are given, or the greatest there is."""
+        """A layer's points by one size; the other two are given, or the greatest measured."""
         fixed = {key: max(p[key] for p in self.points) for key in ("width", "batch", "length") if key != axis} | given
         found = {p[axis]: p for p in self.points if p["layer"] == layer and fixed.items() <= p.items()}
         return dict(sorted(found.items()))
 
     def of(self, layer: str, axis: str = "length", **given: int) -> dict[int, Point]:
-        """Those that were measured."""
+        """The points as in `at` that were measured."""
         return {n: point for n, point in self.at(layer, axis, **given).items() if point["status"] == "done"}
 
     def ratios(self, over: str, under: str, key: str = "median", **given: int) -> dict[int, float]:
-        """Of two layers, by length, where both were measured."""
+        """The ratios of two layers, by length, where both were measured."""
         a, b = self.of(over, **given), self.of(under, **given)
         return {n: a[n][key] / b[n][key] for n in a if n in b and a[n].get(key) and b[n].get(key)}
 
@@ -109,7 +109,7 @@ def load(results_dir: str | Path) -> Machines:
             )
         part = Part(record)
         here = found.setdefault((part.profile, part.machine), {})
-        if part.name in here:  # of other settings given by hand
+        if part.name in here:  # run with other settings given by hand
             raise RecordError(
                 f"records {here[part.name].record['run_id']} and {record['run_id']} are two of part {part.name} on "
                 f"{part.machine}; remove one, or measure it with a data.part of its own"
@@ -123,7 +123,7 @@ def load(results_dir: str | Path) -> Machines:
 
 
 def slug(profile: str, machine: str) -> str:
-    """For file names."""
+    """The profile and machine as part of a file name."""
     text = "".join(char if char.isalnum() else "_" for char in machine.lower())
     return "_".join(filter(None, f"{profile if profile != 'paper' else ''}_{text}".split("_")))
 
@@ -136,7 +136,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def findings(parts: dict[str, Part]) -> list[str]:
-    """Sentences, each over every size that was measured."""
+    """Sentences on the findings, each over every size that was measured."""
     said = []
     if (train := parts.get("train")) is not None:
         for ours, theirs in BASELINES.items():
@@ -193,7 +193,7 @@ def _speed(part: Part, layer: str, other: str) -> list[str]:
 
 
 def _capital(name: str) -> str:
-    """At a sentence's beginning; minGRU stays minGRU."""
+    """The name as it begins a sentence; minGRU stays minGRU."""
     return "T" + name[1:] if name.startswith("t") else name
 
 
@@ -237,7 +237,7 @@ def growth(part: Part, layer: str) -> list[float]:
 
 
 def _beside(part: Part, ours: str, what: str) -> list[str]:
-    """Others' times over ours, and by name those that are faster anywhere."""
+    """Sentences on others' times over ours, and on those that are faster anywhere."""
     times, faster, lengths = {}, [], set()
     for other in dict.fromkeys((*FAMILIES[ours], *FAMILIES["others"])):
         ratios = {batch: part.ratios(other, ours, batch=batch) for batch in part.batches if other not in BASELINES}
@@ -275,7 +275,7 @@ def _after_more(step: Part, layer: str) -> list[str]:
 
 
 def left_out(parts: dict[str, Part]) -> list[str]:
-    """What was not timed: each layer's first of a part, whose greater sizes are left out too; of shapes each."""
+    """Sentences on what was not timed: a layer's first size in a sweep, as greater ones follow it; else every shape."""
     said = {}
     for name, part in parts.items():
         for point in part.points:

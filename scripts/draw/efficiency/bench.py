@@ -1,4 +1,4 @@
-"""What `make bench` measured, as tables: a grid and a caption for each of its parts. Needs no torch."""
+"""Tables of what `make bench` measured: a grid and a caption for each part. Needs no torch."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -51,7 +51,7 @@ def text(part: Part) -> str:
 
 
 def rows(part: Part, *keys: str) -> dict[tuple, Row]:
-    """Points by what these keys say, in the record's order."""
+    """Rows of points, grouped by the values of these keys, in the record's order."""
     found: dict[tuple, Row] = {}
     for point in part.points:
         found.setdefault(tuple(point.get(key) for key in keys), {})[point["layer"]] = point
@@ -67,7 +67,7 @@ def shape(*sizes: int) -> str:
 
 
 def time(row: Row, name: str) -> str:
-    """Minimum / median; or why there is none."""
+    """The text "minimum / median" in milliseconds, or the status of a point without a time."""
     if name not in row:
         return ""
     point = row[name]
@@ -77,7 +77,7 @@ def time(row: Row, name: str) -> str:
 
 
 def ratio(row: Row, name: str, ours: str) -> float | None:
-    """Of the minima."""
+    """The ratio of the minimum times, or None."""
     if not all(key in row and row[key]["status"] == "done" for key in (name, ours)):
         return None
     return row[name]["min"] / row[ours]["min"]
@@ -90,13 +90,13 @@ def times(value: float | None) -> str:
 
 
 def beside(row: Row, name: str, ours: str = "minGRU") -> str:
-    """The time, and in brackets how many times that of ours."""
+    """The time, and in brackets its ratio to ours."""
     value = ratio(row, name, ours)
     return time(row, name) + (f" ({times(value)})" if value is not None else "")
 
 
 def share(point: Point) -> float:
-    """Of the copy limit."""
+    """The share of the copy limit that a scan reaches."""
     return point["bytes"] / point["bandwidth"] / point["min"]
 
 
@@ -130,7 +130,7 @@ def layers_grid(part: Part) -> Grid:
 
 
 def precision_grid(part: Part) -> Grid:
-    """The time loop in the same type has its numbers in the csv only."""
+    """A line of errors for each size; those of the time loop in the same dtype are in the csv only."""
     found = rows(part, "batch", "width", "length", "dtype")
     called = {"log-space": "log-space (the paper's)", "minrnn": "minrnn"}
     types = dict.fromkeys(dtype for *_, dtype in found)

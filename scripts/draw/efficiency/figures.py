@@ -19,7 +19,7 @@ STYLE_OF = {  # the same in every figure
 
 
 def draw(parts: dict[str, Part]) -> dict[str, Figure]:
-    """By name. What a part does not hold is not drawn."""
+    """The figures by name. What a part does not hold is not drawn."""
     found = {}
     for name in ("train", "long", "half", "forward"):
         if name in parts:
@@ -48,7 +48,7 @@ def _lines(ax: Axes, part: Part, layers: Iterable[str], axis: str, y: Callable[[
 
 
 def _log(ax: Axes, sizes: Iterable[int]) -> None:
-    """Both axes; the lower one ticked at the sizes that were measured, not all of them named."""
+    """Makes both axes logarithmic; ticks the lower one at the measured sizes, of which not all are labelled."""
     sizes = sorted(sizes)
     ax.set(xscale="log", yscale="log")
     every = max(1, -(-len(sizes) // 6))
@@ -82,7 +82,7 @@ Ratios = dict[str, dict[str, dict[int, float]]]
 
 
 def speedups(part: Part) -> Ratios:
-    """By family, comparison, length."""
+    """The speed-ups by family, comparison and length."""
     found: Ratios = {}
     for ours, theirs in BASELINES.items():
         lines = {
@@ -128,7 +128,7 @@ def latency(context: Part, step: Part) -> Figure:
 
 
 def parameter_ratios(part: Part) -> Figure:
-    """Lines: what the paper has, 2 / 3(1 + a) and 3 / 4(1 + a), without biases; markers: as torch counts."""
+    """Ratios of parameters: lines by the paper, 2 / 3(1 + a) and 3 / 4(1 + a), without biases; markers by torch."""
     figure = Figure(figsize=(4.2, 2.8), layout="constrained")
     ax = figure.subplots()
     formulas = {"minGRU": lambda a: 2 / (3 * (1 + a)), "minLSTM": lambda a: 3 / (4 * (1 + a))}
@@ -164,7 +164,7 @@ def sizes(batch: Part, width: Part) -> Figure:
 
 
 def policy_step(part: Part) -> Figure:
-    """What one more step of an episode takes after so many."""
+    """The time of one more step of an episode, by the steps before it."""
     figure = Figure(figsize=(4.2, 2.8), layout="constrained")
     ax = figure.subplots()
     points = [point for point in part.points if point["kind"] == "policy" and point["status"] == "done"]

@@ -21,16 +21,16 @@ FORMS = ("log space", "loop", "fused")  # of minGRU and minLSTM
 
 @dataclass(frozen=True)
 class Claim:
-    """One of section 5.7 of the facts, and what is measured here in its place.
+    """A claim of section 5.7 of the facts, and what is measured here for it.
 
     Attributes:
-        row: of results/paper.csv; its text too.
-        part: that measures it.
-        length: at which.
-        key: of a point.
-        layers: for each of FORMS, two whose ratio it is (over, under), one whose value it is, or none.
-        unit: "x" times; "%" so many more; "ms".
-        batch: at which; None: the greatest.
+        row: its row in results/paper.csv, also its text.
+        part: the part that measures it.
+        length: the length at which it is measured.
+        key: the number of a point.
+        layers: for each of FORMS, two layers whose ratio it is (over, under), one whose value it is, or none.
+        unit: "x" for a ratio; "%" for an increase; "ms".
+        batch: the batch size at which it is measured; None: the greatest.
     """
 
     row: str
@@ -68,7 +68,7 @@ def _claims() -> Iterator[Claim]:
             yield Claim(row, "train", length, "median", against)
         row = f"{ours} takes more memory than {theirs}, training, T = 512"
         yield Claim(row, "train", 512, "peak", tuple(pair[::-1] for pair in against), "%")
-        # Of one token minGRU and minLSTM have one form.
+        # For one token minGRU and minLSTM have only one form.
         row = f"{theirs} takes longer than {ours}, one token without a context"
         yield Claim(row, "step", 1, "median", ((), (f"{theirs}, loop", ours), (f"{theirs}, torch", ours)), "%")
     row = "Mamba takes more memory than minGRU, training, T = 512"
@@ -95,7 +95,7 @@ CLAIMS = tuple(_claims())
 
 
 def long(parts: dict[str, Part]) -> str:
-    """The csv's text: one line a number."""
+    """The csv's text: one line per number."""
     varied = [key for key in VARIED if any(key in point for part in parts.values() for point in part.points)]
     sizes = ("width", "batch", "length", *varied)
     lines = []
@@ -121,8 +121,8 @@ NUMBERS = (
 def grid(part: Part) -> Grid:
     """A line for each layer, a column for each size that varies: ms, and MiB where memory was measured.
 
-    Of one token a line for each batch size too; of a context Mamba's time over ours for each. Parts of
-    `make bench` have grids of their own.
+    For one token there is also a line for each batch size; for a context, Mamba's time over ours for each. Parts of
+    `make bench` have their own grids.
     """
     if part.kind in bench.GRIDS:
         return bench.GRIDS[part.kind](part)
@@ -208,7 +208,7 @@ CLAIMED = (
 
 
 def claims_grid(parts: dict[str, Part], paper: dict) -> Grid:
-    """`paper` has the published values."""
+    """The claims beside our measurements; `paper` has the published values."""
     published = {row: value.value for (table, row, _, _), value in paper.items() if table == "efficiency"}
     lines = []
     for claim in CLAIMS:
@@ -229,14 +229,14 @@ def markdown(part: Part) -> str:
 
 
 def texts(parts: dict[str, Part], paper: dict) -> dict[str, str]:
-    """The paper's claims and each part, for reading."""
+    """The texts for reading: the paper's claims and each part."""
     found = {"claims": claims(parts, paper)} if "train" in parts else {}
     found |= {name: markdown(part) for name, part in parts.items()}
     return {name: f"{text}\n" for name, text in found.items()}
 
 
 def write_all(results_dir: str | Path, paper: dict) -> list[Path]:
-    """Returns the files for reading (md); as csv layers by size, and each other part."""
+    """Writes the tables as md, and layers by size and each other part as csv; returns the md files."""
     written, folder = [], Path(results_dir) / "tables"
     for key, parts in load(results_dir).items():
         ending = slug(*key)
@@ -252,7 +252,7 @@ def write_all(results_dir: str | Path, paper: dict) -> list[Path]:
 
 
 def blocks(machines: Machines, paper: dict) -> dict[str, str]:
-    """What the pages show, by the names of their marks."""
+    """The blocks of the pages, by the names of their marks."""
     return {
         f"table:efficiency_{name}_{slug(*key)}": HALF.sub("", text)
         for key, parts in machines.items()
