@@ -252,8 +252,8 @@ def _legs(state_size: int) -> tuple[Tensor, Tensor]:
     """Returns HiPPO-LegS as the imaginary parts of Lambda, (M,) float64, and B, (M,) complex128.
 
     The real parts are -1/2. With p_n = sqrt(n + 1/2) the matrix is S - 1/2 - p p^T, S skew (arXiv 2111.00396, appendix
-    C.1), and sqrt(2) p is its input vector, so P = B / sqrt(2). An eigenvector's phase is free: here its first component
-    is real, as in LAPACK's result for the authors, whose clipping of B (see `S4`) depends on the phase.
+    C.1), and sqrt(2) p is its input vector, so P = B / sqrt(2). An eigenvector's phase is free: its first component is
+    real here, as in LAPACK's result for the authors, whose clipping of B (see `S4`) depends on the phase.
     """
     p = (torch.arange(state_size, dtype=torch.float64) + 0.5).sqrt()
     pp = torch.outer(p, p)
