@@ -28,7 +28,7 @@ class Mixer(nn.Module):
         Args:
             x: (B, T, D).
             state: from `initial_state` or an earlier call. None starts a sequence and returns no state, as in
-                training: some mixers (convolutions) would have to compute it.
+                training, because computing it costs some mixers (convolutions) extra.
 
         Returns:
             (B, T, D), and the state after the last step, or None if state is None.

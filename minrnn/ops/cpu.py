@@ -38,7 +38,7 @@ from .cells import CELLS, Cell
 # Channels per block. The linear scan's loop over a block is so short that the compiler unrolls one of 16 before
 # vectorising it, and then vectorises badly; with 32 it does not. The gated cells are slower with more than 16.
 LANES, LINEAR_LANES = 16, 32
-# Bytes of a block of the widest element, and the number of such blocks that hold a row shorter than a block.
+# Bytes of a block of the widest element, and the number of such slots for rows shorter than a block.
 SLOT = LINEAR_LANES * 8
 SCRATCH_SLOTS = 8
 # Below this many elements per thread another thread costs more than it saves.
