@@ -1,4 +1,4 @@
-"""The residual backbone that all experiments share, and models of tokens built on it."""
+"""The residual backbone that all experiments share, and the models built on it."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ from .rnn import MinGRU, MinLSTM
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + gamma), gamma 0 at first: so weight decay draws the scale to 1, as in the authors' code.
+    """x / rms(x) * (1 + gamma) with gamma initially 0: weight decay draws the scale to 1, as in the authors' code.
 
     (BorealisAI/minRNNs ff52e9d, models/model.py; torch.nn.RMSNorm's weight would be drawn to 0.)
     """
@@ -37,12 +37,12 @@ class MLP(nn.Module):
 
     Args:
         dim: D.
-        width: of the hidden layer, over dim.
+        width: the hidden layer's width divided by dim.
         activation: "gelu" (nanoGPT's), "relu" (Decision Transformer's), or "geglu": gelu(gate) * x * scale, where one
             Linear gives gate and x, and scale is learned for each channel, as in the authors' code
             (BorealisAI/minRNNs ff52e9d, models/modules.py).
         dropout: on the output.
-        bias: of the Linears. "geglu" always has them.
+        bias: whether the Linears have biases. With "geglu" they always do.
     """
 
     def __init__(self, dim: int, width: float, activation: str = "gelu", dropout: float = 0.0, bias: bool = False):
@@ -66,30 +66,30 @@ class MLP(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Residual layers, then a norm. (B, T, D) in and out; a state is the tuple of its layers'.
+    """Residual layers, then a norm. (B, T, D) in and out; a state is the tuple of the layers' states.
 
     Each layer adds to x, in this order: a causal convolution of x (without a norm before it, as in the authors' code;
     only with `conv`), the mixer of norm(x), and an MLP of norm(x) (only with `mlp`).
 
     Args:
         dim: D.
-        layers: how many.
+        layers: their number.
         mixer: makes one mixer of width dim.
         conv: the size of a depthwise convolution; 0 for none.
-        pointwise: whether a D x D convolution of 1 follows the depthwise one, as in the authors' code.
-        mlp: the MLP's hidden width over dim; 0 for none.
+        pointwise: whether a D x D convolution of size 1 follows the depthwise one, as in the authors' code.
+        mlp: the MLP's hidden width divided by dim; 0 for none.
         activation: of the MLP, see `MLP`.
-        bias: of LayerNorms and of the MLP's Linears, as nanoGPT's setting of this name.
-        dropout: on what the MLP adds.
-        mixer_dropout: whether also on what the mixer adds, as in nanoGPT and Decision Transformer. The authors' code
-            and Decision Mamba have it in the MLP alone.
+        bias: whether LayerNorms and the MLP's Linears have one, as nanoGPT's setting of this name.
+        dropout: on the MLP's output.
+        mixer_dropout: whether dropout also acts on the mixer's output, as in nanoGPT and Decision Transformer. The
+            authors' code and Decision Mamba have it in the MLP alone.
         norm: "rms" or "layer".
         attention_at: the layer, counted from 0, whose mixer is `Attention` with this dropout and bias; None for none.
-            It knows no positions: a recurrence in the layers before it tells them, or the model's learned ones.
-        attention_heads: of that layer, see `Attention`.
+            It has no positions of its own: earlier recurrent layers or the model's learned positions provide them.
+        attention_heads: the heads of that layer, see `Attention`.
 
     Raises:
-        ValueError: an argument is out of its range, or pointwise or attention_heads has nothing to act on.
+        ValueError: an argument is out of its range, or pointwise or attention_heads is set without its layer.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Backbone(nn.Module):
         return self._mix(x, state, lambda mixer: mixer)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """(B, D) and the state after it."""
+        """Returns the output (B, D) for one token, and the state after it."""
         return self._mix(x_t, state, lambda mixer: mixer.step)
 
     def _mix(self, x: Tensor, state: State | None, call: Callable) -> tuple[Tensor, State | None]:
@@ -165,12 +165,12 @@ class Backbone(nn.Module):
 
 
 def init_as_gpt2(model: nn.Module) -> None:
-    """nanoGPT's initial values (github.com/karpathy/nanoGPT 3adf61e, model.py) for a model with a `backbone`.
+    """Gives a model with a `backbone` nanoGPT's initial values (github.com/karpathy/nanoGPT 3adf61e, model.py).
 
     Linears and embeddings are drawn from N(0, 0.02), the Linears that add to the residual stream from
-    N(0, 0.02 / sqrt(2 layers)), and biases are 0. Gates and candidates of minimal RNNs, QRNN and SRU are a Linear too
-    (a forget bias and SRU's v stay); convolutions and torch's recurrent layers are none and keep their values. Mamba's
-    block has initial values for language models of its own (github.com/state-spaces/mamba,
+    N(0, 0.02 / sqrt(2 layers)), and biases are 0. Gates and candidates of minimal RNNs, QRNN and SRU count as
+    Linears (a forget bias and SRU's v stay); convolutions and torch's recurrent layers do not and keep their values.
+    Mamba's block has its own initial values for language models (github.com/state-spaces/mamba,
     mamba_ssm/models/mixer_seq_simple.py): its out_proj is divided by the root of the number of layers, and the rest
     stays as it is.
     """
@@ -192,10 +192,10 @@ def init_as_gpt2(model: nn.Module) -> None:
 
 
 def init_as_decision_transformer(model: nn.Module) -> None:
-    """Decision Transformer's initial values (github.com/kzl/decision-transformer e2d82e6, trajectory_gpt2.py).
+    """Gives a model Decision Transformer's initial values (kzl/decision-transformer e2d82e6, trajectory_gpt2.py).
 
     Linears of the `backbone`, a mixer's inner ones included, are drawn from N(0, 0.02), and their biases are 0.
-    What stands around the backbone stays as torch draws it. Decision Mamba has the same initialiser
+    Everything around the backbone stays as torch draws it. Decision Mamba has the same initialiser
     (github.com/Toshihiro-Ota/decision-mamba 35f9944, gym/models/decision_mamba.py): it also makes the bias of S6's time
     step 0, so that each step is softplus(0) = 0.693.
     """
@@ -226,17 +226,17 @@ def one_of(name: str, value: str, values: tuple[str, ...]) -> None:
 class TokenModel(nn.Module):
     """Embedding, backbone, and a linear head without a bias: token ids in, logits out.
 
-    With the defaults the paper's model for selective copying (arXiv 2410.01201, appendix C): embeddings from N(0, 1),
-    no convolution, no MLP. With positions, tied, norm="layer" and init="gpt2" around attention it is nanoGPT.
+    The defaults give the paper's model for selective copying (arXiv 2410.01201, appendix C): embeddings from N(0, 1),
+    no convolution, no MLP. With attention, positions, tied, norm="layer" and init="gpt2" it is nanoGPT.
 
     Args:
-        vocab_in, vocab_out: numbers of input ids and of classes.
+        vocab_in, vocab_out: the numbers of input ids and of classes.
         dim, layers, mixer, settings: see `Backbone`.
         positions: how many learned positions are added to the embeddings; None for none. Longer input is an error.
-        tied: the head's weight is the embedding's.
-        init: "torch" leaves what torch draws; "gpt2" is nanoGPT's, see `init_as_gpt2`.
+        tied: whether the head's weight is the embedding's.
+        init: "torch" keeps what torch draws; "gpt2" is nanoGPT's, see `init_as_gpt2`.
 
-    A state is the backbone's, or (the number of steps so far (B,), the backbone's) with positions.
+    A state is the backbone's, or with positions the pair of the number of steps so far, (B,), and the backbone's.
     """
 
     def __init__(
@@ -267,9 +267,9 @@ class TokenModel(nn.Module):
     def forward(
         self, tokens: Tensor, state: State | None = None, last: int | None = None, marked: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
-        """Logits (B, T, vocab_out) of ids (B, T), and the state.
+        """Returns logits (B, T, vocab_out) of ids (B, T), and the state.
 
-        Where given, of the `last` steps only, or of the N steps that are `marked` (B, T) as (N, vocab_out).
+        If given, `last` limits the logits to that many last steps, `marked` (B, T) to its N true steps, (N, vocab_out).
         """
         x, state = self._embed(tokens, state)
         x, inner = self.backbone(x, None if state is None else state[-1])
@@ -280,7 +280,7 @@ class TokenModel(nn.Module):
         return self.head(x), None if state is None else self._join(state, inner)
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
-        """Logits (B, vocab_out) of ids (B,), and the state."""
+        """Returns logits (B, vocab_out) of ids (B,), and the state."""
         x, state = self._embed(token[:, None], state)
         x, inner = self.backbone.step(x[:, 0], state[-1])
         return self.head(x), self._join(state, inner)
@@ -292,7 +292,7 @@ class TokenModel(nn.Module):
         return torch.zeros(batch_size, dtype=torch.long, device=self.head.weight.device), inner
 
     def _embed(self, tokens: Tensor, state: State | None) -> tuple[Tensor, tuple[State, ...] | None]:
-        """Embeddings, and the state as (steps after these tokens if counted, the backbone's)."""
+        """Returns embeddings, and the state as a tuple: the steps including these tokens if counted, the backbone's."""
         x = self.embedding(tokens)
         if self.positions is None:
             return self.dropout(x), None if state is None else (state,)
@@ -314,20 +314,20 @@ class TokenModel(nn.Module):
 
 
 class ClassifierModel(nn.Module):
-    """A class for one sequence, or for a pair: embedding, backbone, mean over a sequence's steps, head.
+    """Classifies a sequence or a pair: embedding, backbone, mean over a sequence's steps, head.
 
     The mean is S4's in Long Range Arena (https://github.com/state-spaces/s4/blob/
     e757cef57d89e448c413de7325ed5601aceaac13/configs/experiment/lra/s4-listops.yaml, decoder mode pool). It is over the
-    real steps, and every mixer is causal, so what pads a sequence on the right reaches nothing. The head is a Linear;
-    that of a pair is Linear, ReLU, Linear of [x1, x2, x1 * x2, x1 - x2], as "NLI" in Long Range Arena
+    real steps, and every mixer is causal, so padding on the right has no effect. The head is a Linear; for a pair it is
+    Linear, ReLU, Linear of [x1, x2, x1 * x2, x1 - x2], as "NLI" in Long Range Arena
     (https://github.com/google-research/long-range-arena/blob/cd31e5c6b8e5bceabd28de2d2afb23f7ae5d36d8/lra_benchmarks/
     models/layers/common_layers.py), with one hidden layer as in S4's src/tasks/decoders.py.
 
     Args:
-        vocab: number of input ids; None: inputs are numbers, which a Linear takes.
-        classes: C.
+        vocab: the number of input ids; None if inputs are numbers, which a Linear embeds.
+        classes: C, their number.
         dim, layers, mixer, settings: see `Backbone`.
-        parts: P, sequences of an example, 1 or 2; one backbone reads both.
+        parts: P, the number of sequences in an example, 1 or 2; one backbone reads both.
         positions, init: see `TokenModel`.
     """
 
@@ -357,13 +357,13 @@ class ClassifierModel(nn.Module):
             init_as_gpt2(self)
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
-        """Logits (B, C).
+        """Returns logits (B, C).
 
         Args:
             inputs: (B, P, T), int64 ids or float numbers.
-            lengths: (B, P) int64, from 1 to T; steps beyond are padding.
+            lengths: (B, P) int64, from 1 to T; later steps are padding.
 
-        Raises ValueError: T is more than there are positions.
+        Raises ValueError if T exceeds the number of positions.
         """
         x = inputs.flatten(0, 1)
         x = self.embedding(x if isinstance(self.embedding, nn.Embedding) else x[..., None])
@@ -383,25 +383,25 @@ class ClassifierModel(nn.Module):
 
 
 class DecisionModel(nn.Module):
-    """The next action from returns-to-go, states and the actions before it.
+    """Predicts the next action from returns-to-go, states and earlier actions.
 
-    With 3 tokens a step Decision Transformer (arXiv 2106.01345, section 3; https://github.com/kzl/decision-transformer/
-    blob/e2d82e68f330c00f763507b3b01d774740bee53f/gym/decision_transformer/models/decision_transformer.py) around any
+    With 3 tokens it is Decision Transformer (arXiv 2106.01345, section 3; https://github.com/kzl/decision-transformer/
+    blob/e2d82e68f330c00f763507b3b01d774740bee53f/gym/decision_transformer/models/decision_transformer.py) with any
     backbone: a Linear each for return-to-go, state and action, plus a learned embedding of the timestep, LayerNorm and
-    dropout; the action is read after the state by a Linear and tanh. Its heads for states and returns, which nothing
-    trains, are left out.
+    dropout; a Linear and tanh predict the action from the output at the state. Its heads for states and returns are
+    left out, as nothing trains them.
 
-    With 1 token Decision S4's input (arXiv 2306.05167, figure 1): tanh of a Linear each of state, action before and
-    return-to-go, beside one another, and a Linear of them all; it knows no timesteps.
+    With 1 token it takes Decision S4's input (arXiv 2306.05167, figure 1): Linears of state, previous action and
+    return-to-go, concatenated, then tanh and a Linear of all three; it has no timesteps.
 
     Args:
         state_dim, act_dim: S and A.
         dim, layers, mixer, settings: see `Backbone`.
-        max_ep_len: steps of an episode, each of which has an embedding.
-        tokens: of a step, 3 or 1.
-        init: as for `TokenModel`.
-        timestep_std: the timestep embeddings start from N(0, timestep_std), in the published code from N(0, 1). That
-            drowns the state, which a Linear makes half as large, until it is unlearned: short training may not suffice.
+        max_ep_len: the number of timestep embeddings, the most steps of an episode.
+        tokens: the number of tokens per step, 3 or 1.
+        init: "torch" keeps what torch draws; "dt" is Decision Transformer's, see `init_as_decision_transformer`.
+        timestep_std: timestep embeddings start from N(0, timestep_std), in the published code from N(0, 1). That drowns
+            the state, half as large after its Linear, until training corrects it: short training may not suffice.
     """
 
     def __init__(
@@ -439,13 +439,13 @@ class DecisionModel(nn.Module):
             nn.init.normal_(self.embed_timestep.weight, std=timestep_std)
 
     def forward(self, returns_to_go: Tensor, states: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
-        """Actions (B, K, A) for K steps in a row, each from those before it.
+        """Returns actions (B, K, A) for K steps in a row, each from the steps up to it.
 
         Args:
             returns_to_go: (B, K, 1).
             states: (B, K, S).
-            actions: (B, K, A); the last step's is not looked at.
-            timesteps: (B, K) int64, of each step in its episode.
+            actions: (B, K, A); the last one is not used.
+            timesteps: (B, K) int64, each step's place in its episode.
         """
         if self.tokens == 1:
             x = self._joined(returns_to_go, states, F.pad(actions[:, :-1], (0, 0, 1, 0)))
@@ -458,14 +458,14 @@ class DecisionModel(nn.Module):
     def step(
         self, returns_to_go: Tensor, states: Tensor, actions: Tensor | None, timestep: int, hidden: State
     ) -> tuple[Tensor, State]:
-        """The actions (B, A) of one step, and the hidden state after what was read.
+        """Returns the actions (B, A) of one step, and the hidden state after the tokens read here.
 
         Args:
             returns_to_go: (B, 1).
             states: (B, S).
-            actions: (B, A), of the step before; None at the first step that is read.
-            timestep: of this step, the same in all episodes.
-            hidden: of `initial_state` or the step before.
+            actions: (B, A), of the previous step; None at the first step that is read.
+            timestep: that of this step, the same in all episodes.
+            hidden: from `initial_state` or the previous call.
         """
         if self.tokens == 1:
             actions = states.new_zeros(len(states), self.act_dim) if actions is None else actions
@@ -476,7 +476,7 @@ class DecisionModel(nn.Module):
         if actions is not None:
             parts.insert(0, self.embed_action(actions) + time[timestep - 1])
         x = self.drop(self.embed_ln(torch.stack(parts, 1)))
-        x, hidden = self.backbone(x, hidden)  # at once: three steps are three times the calls
+        x, hidden = self.backbone(x, hidden)  # all at once, because three steps need three times the calls
         return self.predict_action(x[:, -1]), hidden
 
     def initial_state(self, batch_size: int) -> State:
@@ -488,16 +488,16 @@ class DecisionModel(nn.Module):
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, decay: str = "all") -> list[dict]:
-    """An optimiser's groups, those that decay and those that do not.
+    """Returns an optimiser's parameter groups, which separate what decays from what does not.
 
-    A mixer may mark parameters that never decay (`mixers.base.no_weight_decay`) and bound a parameter's learning rate
-    by `parameter.lr_max` (S4's published training does).
+    A mixer may mark parameters that never decay (`mixers.base.no_weight_decay`), and bound a parameter's learning rate
+    by `parameter.lr_max`, as S4's published training does.
 
     Args:
-        lr, weight_decay: of all parameters but those.
-        decay: "all": everything decays, embeddings, norms, biases and initial states too, but the gates and candidates
-            of minimal RNNs do not (the authors' code, BorealisAI/minRNNs ff52e9d, main.py). "matrices": what has two
-            dimensions or more decays, gates too, and nothing else does (nanoGPT).
+        lr, weight_decay: those of all other parameters.
+        decay: "all": everything decays, embeddings, norms, biases and initial states too, but not the gates and
+            candidates of minimal RNNs (the authors' code, BorealisAI/minRNNs ff52e9d, main.py). "matrices": only
+            parameters of two dimensions or more decay, gates too (nanoGPT).
     """
     one_of("decay", decay, ("all", "matrices"))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

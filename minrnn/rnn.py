@@ -19,14 +19,14 @@ from .ops.scan import BACKENDS, Backend, is_autocast_enabled, is_onnx_exporting,
 
 
 class _MinRNN(nn.Module):
-    """What the two layers share: everything but the cell."""
+    """The base of both layers: everything but the cell."""
 
-    # What programs for torch.nn.GRU also read.
+    # Programs for torch.nn.GRU read this too.
     proj_size = 0
 
     @property
     def mode(self) -> str:
-        """The class's name: neither "GRU" nor "LSTM", which would promise a weight_hh or a cell state."""
+        """The class's name, not "GRU" or "LSTM", which would promise a weight_hh or a cell state."""
         return type(self).__name__
 
     def __init__(
@@ -85,7 +85,7 @@ class _MinRNN(nn.Module):
         return ("", "_reverse") if self.bidirectional else ("",)
 
     def _columns(self, layer: int) -> int:
-        """The features that a layer takes."""
+        """Returns the number of features that a layer takes."""
         return self.input_size if layer == 0 else self.hidden_size * len(self._directions)
 
     def _parameters_of(self, layer: int, direction: str) -> tuple[Tensor, Tensor | None]:
@@ -99,10 +99,10 @@ class _MinRNN(nn.Module):
         return [[p for p in pair if p is not None] for pair in every]
 
     def reset_parameters(self) -> None:
-        """torch.nn.Linear's default: uniform in ±1/sqrt(fan-in).
+        """Draws all parameters as torch.nn.Linear does: uniform in ±1/sqrt(fan-in).
 
-        The gates look at the layer's input only, so the layer is a Linear followed by a scan. torch.nn.GRU's
-        ±1/sqrt(hidden_size) is the fan-in of the recurrent matrix, which is not here.
+        The gates depend on the layer's input alone, so the layer is a Linear followed by a scan. torch.nn.GRU's
+        ±1/sqrt(hidden_size) comes from the fan-in of the recurrent matrix, which this layer does not have.
         """
         with torch.no_grad():
             for _, layer, parameter in self._drawn():
@@ -110,33 +110,33 @@ class _MinRNN(nn.Module):
                 parameter.uniform_(-bound, bound)
 
     def _drawn(self) -> Iterator[tuple[str, int, nn.Parameter]]:
-        """Weight or bias, the layer, and what is learned of it.
+        """Yields "weight" or "bias", the layer, and the parameter that is learned for it.
 
-        That is itself, or what pruning, weight_norm or a parametrization computes it from.
+        That is the weight or bias itself, or what pruning, weight_norm or a parametrization computes it from.
         """
         for name, parameter in self.named_parameters():
             if match := re.fullmatch(r"(?:parametrizations\.)?(weight|bias)_ih_l(\d+)(?:_reverse)?(?:[._]\w+)?", name):
                 yield match[1], int(match[2]), parameter
 
     def flatten_parameters(self) -> None:
-        """Does nothing (each layer is one matrix already); here because programs written for torch.nn.GRU call it."""
+        """Does nothing, as each layer is one matrix already; programs written for torch.nn.GRU call it."""
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """The states of the last layer at every step, and the last state of every layer.
+        """Returns the states of the last layer at every step, and the last state of every layer.
 
         Args:
             input: (T, B, I), or (B, T, I) with batch_first, or (T, I) unbatched, or a PackedSequence; the
                 parameters' dtype (any float dtype under autocast).
             hx: (L * D, B, H), or (L * D, H) unbatched: the states before the first step of each direction, any
-                sign, the input's dtype; layer k's directions stand at k * D. For a PackedSequence in the order of
-                the sequences as they were before packing, whose rows alone are computed. None means zeros.
+                sign, the input's dtype; layer k's directions begin at k * D. For a PackedSequence they are in the
+                sequences' order before packing, and only the packed rows are computed. None means zeros.
 
         Returns:
-            out: the input's form with D * H features, forward then reverse, contiguous; its dtype too, but under
-                autocast hx's where that is given, on a CPU, and the autocast dtype elsewhere. The backward pass reads
-                it, so an in-place operation on it (nn.ReLU(inplace=True)) is an error, as with cuDNN.
+            out: the input's form with D * H features, forward then reverse, contiguous; the input's dtype, but under
+                autocast hx's dtype on a CPU if hx is given, and the autocast dtype on other devices. The backward
+                pass reads out, so an in-place operation on it (nn.ReLU(inplace=True)) is an error, as with cuDNN.
             h_n: hx's shape; the state after the last step of each direction (the reverse one's is at step 0).
 
         Raises:
@@ -167,26 +167,26 @@ class _MinRNN(nn.Module):
         return (out, h_n) if batched else (out.squeeze(batch_dim), h_n.squeeze(1))
 
     def _forward_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
-        """Lays the sequences end to end, in rows as many as they have steps together, and back."""
+        """Rearranges packed sequences end to end, without padding, runs all layers, and packs the result again."""
         if is_onnx_exporting():
             raise RuntimeError("input: a PackedSequence cannot be exported to ONNX; export a call with a padded tensor")
         rows, batch_sizes, sorted_indices, unsorted_indices = packed
         if rows.dim() != 2:
             raise RuntimeError(f"input: expected packed rows (N, {self.input_size}), got shape {tuple(rows.shape)}")
-        # By torch's operators alone, so that a traced graph finds the lengths in its input. batch_sizes lies on the
-        # CPU, so none of them waits for an accelerator.
+        # Only torch's operators, so that a traced graph takes the lengths from its input. batch_sizes is on the CPU, so
+        # none of them waits for an accelerator.
         step = torch.repeat_interleave(batch_sizes, output_size=rows.shape[0])
         packed_rows = torch.arange(step.shape[0], device=step.device)
         sequence = packed_rows - (batch_sizes.cumsum(0) - batch_sizes)[step]
         cu_seqlens = F.pad(torch.bincount(sequence).cumsum(0), (1, 0))
-        place = cu_seqlens[sequence] + step  # of each packed row, among those of its sequence
+        place = cu_seqlens[sequence] + step  # where each packed row goes
         row = torch.empty_like(place).index_copy(0, place, packed_rows)
         place, row = place.to(rows.device), row.to(rows.device)
         self._check("input", "hx", rows, hx, (cu_seqlens.shape[0] - 1,), len(self._directions))
         if hx is not None and sorted_indices is not None:
             hx = hx.index_select(1, sorted_indices)
 
-        def move(x: Tensor, to: Tensor) -> Tensor:  # the gradient of a copy is a selection, which adds nothing up
+        def move(x: Tensor, to: Tensor) -> Tensor:  # a copy's gradient is a selection, without sums
             return x.new_empty(x.shape).index_copy(0, to, x)
 
         out, h_n = self._layers(move(rows, place)[None], hx, True, cu_seqlens)
@@ -201,11 +201,11 @@ class _MinRNN(nn.Module):
         batch_first: bool,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """All layers; x is (T, B, .), or (B, T, .) with batch_first, or (1, N, .) where cu_seqlens gives sequences."""
-        # torch.nn.GRU's rule on a CPU under autocast: projections are bfloat16, states are not. Without it both agree.
+        """Runs all layers on x, (T, B, .), or (B, T, .) with batch_first, or (1, N, .) with cu_seqlens."""
+        # torch.nn.GRU's rule on a CPU under autocast: projections are bfloat16, states are not. Otherwise both agree.
         states_dtype = x.dtype if hx is None else hx.dtype
         T = x.shape[1 if batch_first else 0]
-        one_step = isinstance(T, int) and T == 1 and not torch.jit.is_tracing()  # known to be so in every call
+        one_step = isinstance(T, int) and T == 1 and not torch.jit.is_tracing()  # so in every call
         last: list[Tensor] = []
         for layer in range(self.num_layers):
             if layer > 0:
@@ -233,24 +233,23 @@ class _MinRNN(nn.Module):
         return x, torch.stack(last)
 
     def _one_step(self, projection: Tensor, h0: Tensor | None) -> Tensor:
-        """The scan of a single step, (B, 1, D), by torch's operators: faster, and exported without the library."""
+        """Scans a single step, (B, 1, D), with torch's operators: faster, and exports do not need this library."""
         resolve(self.backend, projection.device, projection.dtype)
         wide = projection.to(torch.promote_types(projection.dtype, torch.float32))  # as the scan accumulates
         a, b = coefficients(self._cell, wide.chunk(len(self._cell.inputs), -1))
         return (b if h0 is None else a * h0[:, None].to(wide.dtype) + b).to(projection.dtype)
 
     def step(self, x_t: Tensor, h: Tensor | None = None) -> Tensor:
-        """One token. The layer's output for it is the last layer's new state, `h[-1]`.
+        """Returns the states after one token. The output for that token is the last layer's new state, `h[-1]`.
 
-        It is a call of the module with a sequence of one step, so hooks act in it as in any other: pruning,
-        weight_norm, FSDP.
+        It calls the module with a sequence of one step, so that hooks (pruning, weight_norm, FSDP) act as usual.
 
         Args:
             x_t: (B, I), the parameters' dtype (any float dtype under autocast).
             h: (L, B, H), the states before this token, x_t's dtype; None means zeros.
 
         Returns:
-            (L, B, H), the states after it: the next call's h.
+            (L, B, H), the states after the token, which are the next call's h.
 
         Raises:
             TypeError, ValueError: as `forward`.
@@ -283,7 +282,7 @@ class _MinRNN(nn.Module):
         if not isinstance(state, Tensor):
             raise TypeError(f"{state_name}: expected a tensor, got {type(state).__name__}")
         expected = (self.num_layers * D, *batch, self.hidden_size)
-        if torch.compiler.is_compiling() and state.dim() == len(expected):  # a size may depend on data there
+        if torch.compiler.is_compiling() and state.dim() == len(expected):  # a compiled size may depend on data
             for actual, size in zip(state.shape, expected, strict=True):
                 torch._check(actual == size, lambda: f"{state_name}: a shape that does not fit {input_name}'s")
         elif state.shape != expected:
@@ -312,27 +311,27 @@ class _MinRNN(nn.Module):
 
 
 class MinGRU(_MinRNN):
-    """minGRU in place of torch.nn.GRU: the same constructor, the same `out, h_n = rnn(input, hx)`.
+    """minGRU as a replacement of torch.nn.GRU: the same constructor, the same `out, h_n = rnn(input, hx)`.
 
     arXiv 2410.01201, section 3.1, with the activation g of its appendix B:
 
         h_t = (1 - z_t) * h_{t-1} + z_t * g(W_h x_t + b_h),   z_t = sigmoid(W_z x_t + b_z)
 
-    `weight_ih_l{k}` stacks (W_z, W_h) and is (2H, I), or (2H, D * H) for k > 0; `bias_ih_l{k}` is (2H,); the
-    other direction's end in `_reverse`. There is no weight_hh: gate and candidate look at x_t alone, which
+    `weight_ih_l{k}` stacks (W_z, W_h) and is (2H, I), or (2H, D * H) for k > 0; `bias_ih_l{k}` is (2H,); those
+    of the reverse direction end in `_reverse`. There is no weight_hh: gate and candidate depend on x_t alone, which
     makes the recurrence linear in h and parallel in time. All are initialised as torch.nn.Linear's.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in
             torch.nn.GRU. Dropout acts between layers, not after the last, and only in training.
-        activation: of the candidate: "g" (x + 0.5 for x >= 0, else sigmoid(x)) or "identity" (section 3.1's own).
-        signed: h_t = (1 - 2 z_t) * h_{t-1} + (1 - |1 - 2 z_t|) * g(W_h x_t + b_h) in place of the above: a state that
+        activation: the candidate's, "g" (x + 0.5 for x >= 0, else sigmoid(x)) or "identity" (as in section 3.1).
+        signed: h_t = (1 - 2 z_t) * h_{t-1} + (1 - |1 - 2 z_t|) * g(W_h x_t + b_h) in place of the above: the state
             can flip its sign, and so count modulo 2 (arXiv 2411.12537). Not with backend="log".
-        backend: of the scan, see `minrnn.ops.available_backends`; "auto" picks by device.
+        backend: the scan's, see `minrnn.ops.available_backends`; "auto" picks by device.
 
     Raises:
-        TypeError: an argument of another type, or unknown (proj_size, nonlinearity: nothing to set here).
-        ValueError: a size below 1, a dropout outside [0, 1], an unknown activation or backend.
+        TypeError: an argument has another type or is unknown (proj_size and nonlinearity do not exist here).
+        ValueError: a size is below 1, dropout is outside [0, 1], or activation or backend is unknown.
     """
 
     def __init__(
@@ -359,24 +358,24 @@ class MinGRU(_MinRNN):
 
 
 class MinLSTM(_MinRNN):
-    """minLSTM with torch.nn.GRU's constructor and shapes: it has one state, h, and no cell state c.
+    """minLSTM with torch.nn.GRU's constructor and shapes: its one state is h, without a cell state c.
 
     arXiv 2410.01201, section 3.2, with the activation g of its appendix B:
 
         h_t = f'_t * h_{t-1} + i'_t * g(W_h x_t + b_h),   f'_t = f_t / (f_t + i_t),   i'_t = i_t / (f_t + i_t),
         f_t = sigmoid(W_f x_t + b_f),   i_t = sigmoid(W_i x_t + b_i)
 
-    `weight_ih_l{k}` stacks (W_f, W_i, W_h) and is (3H, I), or (3H, D * H) for k > 0; `bias_ih_l{k}` is (3H,); the
-    other direction's end in `_reverse`. There is no weight_hh: gates and candidate look at x_t alone, which
+    `weight_ih_l{k}` stacks (W_f, W_i, W_h) and is (3H, I), or (3H, D * H) for k > 0; `bias_ih_l{k}` is (3H,); those
+    of the reverse direction end in `_reverse`. There is no weight_hh: gates and candidate depend on x_t alone, which
     makes the recurrence linear in h and parallel in time. All are initialised as torch.nn.Linear's.
 
     Args:
         normalize_gates: False leaves f and i independent, as the authors' public code does by default.
         forget_bias: added to b_f at initialisation, to forget slowly at first (the authors' code uses 3).
         signed: h_{t-1} is multiplied by s_t = f'_t - i'_t and the candidate by 1 - |s_t|, as in `MinGRU`; with
-            normalize_gates=False by 2 f_t - 1 and i_t.
+            normalize_gates=False the factors are 2 f_t - 1 and i_t.
 
-        The others, and the errors, are those of `MinGRU`; forget_bias without a bias is a ValueError.
+        Other arguments and errors are those of `MinGRU`; forget_bias without a bias is a ValueError.
     """
 
     def __init__(
@@ -413,7 +412,7 @@ class MinLSTM(_MinRNN):
         return self._cell.normalize
 
     def reset_parameters(self) -> None:
-        """torch.nn.Linear's default (see `MinGRU.reset_parameters`), and forget_bias added to b_f."""
+        """Draws all parameters as `MinGRU.reset_parameters` does, and adds forget_bias to b_f."""
         super().reset_parameters()
         with torch.no_grad():
             for kind, _, parameter in self._drawn():

@@ -30,13 +30,13 @@ WRAPPINGS = {"none": Ungated, "h3": H3, "mamba": Mamba}
 
 
 def make(name: str, **settings: Any) -> Callable[[int], Mixer]:
-    """What makes the named mixer for a width.
+    """Returns a function that makes the named mixer for a given width.
 
     Args:
         name: mingru, minlstm, gru, lstm, attention, aaren, qrnn, sru, or ssm: an `inner` layer (s4, s4d, s6, hyena) in
-            a `wrapping` (none, h3, mamba), the grid of the Mamba paper's Table 1. As published, S4 in h3 is S4D-Lin,
-            bilinear, and Hyena in h3 is Hyena's own operator.
-        settings: the mixer's own arguments; None means its default.
+            a `wrapping` (none, h3, mamba), the grid of the Mamba paper's Table 1. As published, S4 in h3 is bilinear
+            S4D-Lin, and Hyena in h3 is Hyena's own operator.
+        settings: the mixer's own arguments; None means the default.
     """
     settings = {key: value for key, value in settings.items() if value is not None}
     if name != "ssm":

@@ -10,14 +10,14 @@ from .base import Mixer, State, like
 class Attention(Mixer):
     """Multi-head causal self-attention with torch's fused kernel, as in nanoGPT's blocks.
 
-    (https://github.com/karpathy/nanoGPT, model.py, CausalSelfAttention.) It knows no positions: the model adds them.
-    The state is all keys and values so far, so unlike the recurrent mixers' it grows, and so does a step.
+    (https://github.com/karpathy/nanoGPT, model.py, CausalSelfAttention.) It has no positions: the model adds them.
+    The state is all keys and values so far: unlike a recurrent mixer's it grows, and so does the cost of a step.
 
     Args:
         dim: D, a multiple of heads.
-        heads: of width D / heads each; None means heads of 64 channels, but 4 at least, as in nanoGPT's settings.
+        heads: their number, each D / heads wide; None means heads of 64 channels, but at least 4, as in nanoGPT.
         dropout: on the attention weights, in training.
-        bias: of both Linears.
+        bias: whether both Linears have one.
     """
 
     def __init__(self, dim: int, heads: int | None = None, dropout: float = 0.0, bias: bool = False):
@@ -37,7 +37,7 @@ class Attention(Mixer):
         mask, before = None, 0 if state is None else state[0].shape[2]
         if state is not None and before:
             k, v = (torch.cat([past.to(now.dtype), now], 2) for past, now in zip(state, (k, v), strict=True))
-            if q.shape[2] > 1:  # a single one sees all
+            if q.shape[2] > 1:  # a single query sees all keys
                 mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(before)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=not before)

@@ -15,22 +15,22 @@ NO_STATE = "Hyena has no recurrent form: its filter has no end, so every step re
 
 
 class Hyena(Mixer):
-    """y_t = sum_s k_s x_{t-s} + D x_t, with the filter k an MLP of the position s times an exponential window.
+    """y_t = sum_s k_s x_{t-s} + D x_t, where the filter k is an MLP of the position s times an exponential window.
 
     Sections 3.3 and 3.4 of the paper; the settings are those of its synthetic tasks at
     https://github.com/HazyResearch/safari (src/models/sequence/hyena.py and, for width, bands and frequency,
     configs/experiment/synthetics/associative_recall/hyena-131k-30vs.yaml). The gates, the short convolution and
-    the projections of the published operator belong to what surrounds this layer (`wrappings.H3`).
+    the projections of the published operator are in the block around this layer (`wrappings.HyenaOperator`).
 
-    The output at t reads every input before it, so there is no recurrent form: no state, no `step`.
+    The output at t depends on every earlier input, so there is no recurrent form: no state and no `step`.
 
     Args:
-        max_len: the longest sequence. Positions are measured in it, whatever the length of a call, so it should be
-            near the lengths in use: a filter of a far larger scale is almost constant over them.
+        max_len: the longest sequence. Positions are fractions of it, whatever the length of a call, so it should be
+            near the lengths in use: with a far larger one the filter is almost constant over them.
         width: the hidden width of the MLP, which has three hidden layers.
-        bands: the sines and cosines of the position that the MLP sees.
-        frequency: what the sine activations begin with; learned.
-        shift: what the window falls to instead of zero.
+        bands: how many pairs of a sine and a cosine of the position the MLP takes.
+        frequency: the initial value of the sine activations' learned frequency.
+        shift: the value that the window falls to instead of zero.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class Hyena(Mixer):
         return y.to(x.dtype), None
 
     def filter(self, T: int) -> Tensor:
-        """(T, dim) float64: the first T taps. Those of a shorter filter are the first of a longer one.
+        """Returns the first T taps, (T, dim) float64. A shorter filter is the beginning of a longer one.
 
-        Each sine of ten times a sine amplifies rounding: in float32 results would be off by 2e-5.
+        A sine of ten times a sine amplifies rounding: in float32 results would be off by 2e-5.
         """
         dtype = torch.float64
         linspace = partial(torch.linspace, device=self.D.device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""QRNN as a mixer: gates from a short convolution, and the recurrence that minGRU has too."""
+"""QRNN as a mixer: gates from a short convolution, and minGRU's recurrence."""
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +17,17 @@ class QRNN(Mixer):
         z = tanh(W_z * x),   f = sigmoid(W_f * x),   o = sigmoid(W_o * x),
         c_t = f_t * c_{t-1} + (1 - f_t) * z_t,   h_t = o_t * c_t
 
-    An ancestor of minGRU: its gates look at inputs alone too, so its recurrence is minGRU's scan. minGRU has no window,
-    no tanh and no output gate. The state starts from zeros. As in the authors' code each convolution has a bias and all
-    are one Linear (github.com/salesforce/pytorch-qrnn 0e8afb5, torchqrnn/qrnn.py); zoneout is left out.
+    QRNN is an ancestor of minGRU: its gates too depend on inputs alone, so its recurrence is minGRU's scan.
+    minGRU has no window, tanh or output gate. The state starts from zeros. As in the authors' code, convolutions have
+    biases and are one Linear (github.com/salesforce/pytorch-qrnn 0e8afb5, torchqrnn/qrnn.py); there is no zoneout.
 
     Args:
-        window: inputs that candidate and gates see, the present one included; 2 is the paper's for language models.
+        window: how many inputs candidate and gates take, up to the current one; the paper's language models have 2.
 
     Raises:
-        ValueError: window is below 1, or expansion * dim is no whole number.
+        ValueError: window is below 1, or expansion * dim is not a whole number.
 
-    A state is (the window - 1 inputs before, (B, window - 1, dim), and c, (B, expansion * dim)).
+    A state is the pair of the last window - 1 inputs, (B, window - 1, dim), and c, (B, expansion * dim).
     """
 
     def __init__(self, dim: int, expansion: float = 1, window: int = 2):
@@ -37,7 +37,7 @@ class QRNN(Mixer):
         self.dim = dim
         self.window = window
         hidden_size = units(dim, expansion)
-        self.in_proj = nn.Linear(window * dim, 3 * hidden_size)  # z, f, o of the inputs from the oldest to the present
+        self.in_proj = nn.Linear(window * dim, 3 * hidden_size)  # z, f, o from the inputs, oldest first
         self.out = nn.Linear(hidden_size, dim)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
@@ -48,7 +48,7 @@ class QRNN(Mixer):
             seen, c0 = torch.cat([state[0], x], 1), state[1]
         windows = torch.cat([seen[:, k : k + T] for k in range(self.window)], -1)
         z, f, o = self.in_proj(windows).chunk(3, -1)
-        c = mingru_scan(-f, z.tanh(), c0, activation="identity")  # whose gate is 1 - f
+        c = mingru_scan(-f, z.tanh(), c0, activation="identity")  # minGRU's gate is 1 - f
         return self.out(o.sigmoid() * c), None if state is None else (seen[:, T:], c[:, -1])
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:

@@ -15,7 +15,7 @@ from .base import Mixer, State, like
 
 
 def units(dim: int, expansion: float) -> int:
-    """`expansion * dim`, which must be a whole number of units."""
+    """Returns `expansion * dim`, which must be a whole number of units."""
     width = expansion * dim
     if width < 1 or width != int(width):
         raise ValueError(f"expansion: expected expansion * dim to be a whole number, got {expansion} * {dim} = {width}")
@@ -28,12 +28,12 @@ def g(x: Tensor) -> Tensor:
 
 
 class _TwoLayerGates(nn.Module):
-    """What `_MinRNNMixer` asks of minGRU or minLSTM, with gates of two layers: Linear(GELU(Linear(x))).
+    """minGRU or minLSTM for `_MinRNNMixer`, with gates of two layers: Linear(GELU(Linear(x))).
 
-    Between them are as many units as the state has. The candidate stays a Linear of x. Nobody has published it.
+    The hidden layer is as wide as the state. The candidate stays a Linear of x. This variant is unpublished.
 
     Args:
-        gates: how many, 1 (minGRU) or 2 (minLSTM).
+        gates: their number, 1 (minGRU) or 2 (minLSTM).
         scan: takes the gates, the candidate and h0.
     """
 
@@ -41,7 +41,7 @@ class _TwoLayerGates(nn.Module):
         super().__init__()
         self.hidden_size = hidden_size
         self.scan = scan
-        self.fc = nn.Linear(input_size, 2 * hidden_size)  # what GELU takes, and the candidate
+        self.fc = nn.Linear(input_size, 2 * hidden_size)  # the input of GELU, and the candidate
         self.gates = nn.Linear(hidden_size, gates * hidden_size)
 
     def forward(self, x: Tensor, hx: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,10 +55,11 @@ class _TwoLayerGates(nn.Module):
 
 
 class _MinRNNMixer(Mixer):
-    """minGRU or minLSTM with an initial state that is learned, and a projection.
+    """minGRU or minLSTM with a learned initial state, then a projection.
 
     The layout of the authors' public code (BorealisAI/minRNNs ff52e9d, models/minRNNs.py): the initial state is
-    g(p) with p ~ N(0, 1). Weights and biases of gates and candidate are marked (`is_gate`), as they do not decay there.
+    g(p) with p ~ N(0, 1). Weights and biases of gates and candidate are marked (`is_gate`): that code does not decay
+    them.
     """
 
     rnn: MinGRU | MinLSTM | _TwoLayerGates
@@ -80,7 +81,7 @@ class _MinRNNMixer(Mixer):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         h0 = self.initial_state(x.shape[0]) if state is None else state
-        h, h_n = self.rnn(x, h0.to(x.dtype).unsqueeze(0))  # they differ under autocast only
+        h, h_n = self.rnn(x, h0.to(x.dtype).unsqueeze(0))  # the dtypes differ only under autocast
         return self.out(h), None if state is None else h_n[0].to(state.dtype)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
@@ -88,15 +89,15 @@ class _MinRNNMixer(Mixer):
         return self.out(h), h.to(state.dtype)
 
     def initial_state(self, batch_size: int) -> Tensor:
-        """(B, expansion * dim)."""
+        """Returns the learned state, (B, expansion * dim)."""
         return g(self.initial).expand(batch_size, -1)
 
 
 class MinGRUMixer(_MinRNNMixer):
     """minGRU (`minrnn.MinGRU`) of `expansion * dim` units with a learned initial state, and a projection to dim.
 
-    With gate_layers=2 its gate is Linear(GELU(Linear(x))), as wide between as the state, which nobody has published.
-    signed and backend are the layer's.
+    With gate_layers=2, an unpublished variant, the gate is Linear(GELU(Linear(x))) with a hidden layer as wide as the
+    state. signed and backend are the layer's.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class MinLSTMMixer(_MinRNNMixer):
     """minLSTM (`minrnn.MinLSTM`) of `expansion * dim` units with a learned initial state, and a projection to dim.
 
     The defaults are the paper's; normalize_gates=False with forget_bias=3 is what the authors' public code does.
-    gate_layers=2 is that of `MinGRUMixer`, for both gates; it takes no forget_bias.
+    gate_layers=2 is as in `MinGRUMixer`, for both gates, and excludes forget_bias.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class MinLSTMMixer(_MinRNNMixer):
 
 
 class _TorchRNNMixer(Mixer):
-    """torch's own recurrent layer (cuDNN's on a GPU), which starts from zeros, and a projection."""
+    """torch's own recurrent layer (cuDNN's on a GPU), which starts from zeros, then a projection."""
 
     def __init__(self, dim: int, expansion: float, rnn: type[nn.Module], states: int):
         super().__init__()
@@ -144,7 +145,7 @@ class _TorchRNNMixer(Mixer):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         if state is None:
             return self.out(self.rnn(x)[0]), None
-        # torch's layers want (L, B, H), contiguous.
+        # torch's layers take (L, B, H), contiguous.
         hx = tuple(h.unsqueeze(0).contiguous() for h in (state if self.states > 1 else (state,)))
         h, h_n = self.rnn(x, hx if self.states > 1 else hx[0])
         return self.out(h), tuple(s[0] for s in h_n) if self.states > 1 else h_n[0]
@@ -154,7 +155,7 @@ class _TorchRNNMixer(Mixer):
         return y.squeeze(1), state
 
     def initial_state(self, batch_size: int) -> State:
-        """h of (B, expansion * dim); for LSTM the pair (h, c)."""
+        """Returns h = 0, (B, expansion * dim), or for LSTM the pair (h, c)."""
         h = like(self.out.weight, batch_size, self.rnn.hidden_size)
         return (h, h) if self.states > 1 else h
 

@@ -1,12 +1,12 @@
 """S4 and S4D: time-invariant state space layers, the baselines "S4" of Mamba's Table 1.
 
-B batch, T time, D channels, M = state_size / 2: of each pair of conjugate modes only one is kept. Every channel is a
-system of its own, with one input and one output, and real although its modes are complex.
+B batch, T time, D channels, M = state_size / 2 modes: one of each conjugate pair. Every channel is a system of its own
+with one input and one output, both real although its modes are complex.
 
-Both are computed from one thing: the response Re sum_n l_n a_n^t r_n of diagonal modes. With t = m q + r it is a
-product of two small matrices, (Q, M) by (M, m) with Q and m near sqrt(T), so no (D, M, T) tensor is ever made. These
-small tensors are complex128 whatever the parameters are: they cost little beside the convolution, powers up to T
-amplify rounding, S4's feedback cancels digits, and no TF32 setting touches float64.
+Both layers are computed from the response Re sum_n l_n a_n^t r_n of diagonal modes. With t = m q + r it is a product of
+two small matrices, (Q, M) by (M, m) with Q and m near sqrt(T), so no (D, M, T) tensor is ever made. These small tensors
+are complex128 whatever the parameters are: they cost little beside the convolution, powers up to T amplify rounding,
+S4's feedback cancels digits, and no TF32 setting affects float64.
 """
 
 import math
@@ -21,7 +21,7 @@ B_CLIP = 2.0
 
 
 def _powers(a: Tensor, n: int) -> Tensor:
-    """(..., n): a^0, ..., a^(n-1). By products, since log(a) has none for a = 0."""
+    """Returns a^0, ..., a^(n-1) as (..., n), by products because a = 0 has no logarithm."""
     a = a.unsqueeze(-1)
     powers = torch.ones_like(a)
     while powers.shape[-1] < n:
@@ -30,14 +30,14 @@ def _powers(a: Tensor, n: int) -> Tensor:
 
 
 def _blocked_powers(a: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """(..., m) and (..., Q), Q m >= T: a^(m q + r) = first[r] * second[q]."""
+    """Returns first (..., m) and second (..., Q), Q m >= T, with a^(m q + r) = first[r] * second[q]."""
     m = 1 << ((T - 1).bit_length() + 1) // 2
     first = _powers(a, m)
     return first, _powers(first[..., -1] * a, -(-T // m))
 
 
 def _response(a: Tensor, left: Tensor, right: Tensor, T: int) -> Tensor:
-    """Re sum_n left a^t right for t < T: (D, M), (I, D, M), (J, D, M) -> (I, J, D, T)."""
+    """Returns Re sum_n left a^t right for t < T: (D, M), (I, D, M), (J, D, M) -> (I, J, D, T)."""
     first, second = _blocked_powers(a, T)
     rows = torch.view_as_real(left.unsqueeze(-1) * first)
     columns = torch.view_as_real((right.unsqueeze(-1) * second).conj_physical())
@@ -45,30 +45,30 @@ def _response(a: Tensor, left: Tensor, right: Tensor, T: int) -> Tensor:
 
 
 def _collect(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    """The state sum_t a^(T-1-t) b u_t of diagonal modes: (D, M), (D, M), real (B, D, T) -> (B, D, M)."""
+    """Returns the state sum_t a^(T-1-t) b u_t of diagonal modes: (D, M), (D, M), real (B, D, T) -> (B, D, M)."""
     T = u.shape[-1]
     first, second = _blocked_powers(a, T)
     m, Q = first.shape[-1], second.shape[-1]
     blocks = F.pad(u.flip(-1), (0, Q * m - T)).unflatten(-1, (Q, m))
-    inner = torch.einsum("bdqr,dnrc->bdqnc", blocks, torch.view_as_real(first))  # u is real: half of the work
+    inner = torch.einsum("bdqr,dnrc->bdqnc", blocks, torch.view_as_real(first))  # u is real, which halves the work
     return b * torch.einsum("bdqn,dnq->bdn", torch.view_as_complex(inner), second)
 
 
 def _evolve(a: Tensor, h: Tensor, T: int) -> Tensor:
-    """a^T h."""
+    """Returns a^T h."""
     first, second = _blocked_powers(a, T)
     return first[..., (T - 1) % first.shape[-1]] * second[..., -1] * a * h
 
 
 def _delay(k: Tensor) -> Tensor:
-    """(..., T): one step later."""
+    """Delays k (..., T) by one step."""
     return F.pad(k, (1, 0))[..., :-1]
 
 
 def _feed_back(k: Tensor, u: Tensor) -> Tensor:
-    """The w of w_t + sum_{j<t} k_{t-1-j} w_j = u_t: (D, T), (..., D, T) -> (..., D, T).
+    """Returns w with w_t + sum_{j<t} k_{t-1-j} w_j = u_t: (D, T), (..., D, T) -> (..., D, T).
 
-    That is division by the power series 1 + z k(z). Newton's iteration doubles the length of its inverse each time.
+    This divides by the power series 1 + z k(z). Each Newton iteration doubles the length of its inverse.
     """
     T = k.shape[-1]
     g = F.pad(k, (1, 0), value=1.0)[..., :T]
@@ -81,7 +81,7 @@ def _feed_back(k: Tensor, u: Tensor) -> Tensor:
 
 
 class _StateSpace(Mixer):
-    """y = the system's response to x + D x. What S4 and S4D share: all but A, B and the discretisation."""
+    """The base of S4 and S4D, without A, B and the discretisation: y = the system's response to x + D x."""
 
     def __init__(self, dim: int, state_size: int, dt_min: float, dt_max: float):
         super().__init__()
@@ -96,40 +96,40 @@ class _StateSpace(Mixer):
             raise ValueError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
         self.dim = dim
         self.state_size = state_size
-        # Complex parameters are kept as pairs of reals: module.double() and .to(dtype) leave or break complex ones.
+        # Complex parameters are pairs of reals, because module.double() and .to(dtype) skip or break complex ones.
         self.log_dt = nn.Parameter(torch.empty(dim).uniform_(math.log(dt_min), math.log(dt_max)))
         self.C = nn.Parameter(torch.randn(dim, state_size // 2, 2) / math.sqrt(2))
         self.D = nn.Parameter(torch.randn(dim))
         no_weight_decay(self.D)
 
     def _small_steps(self, *parameters: nn.Parameter) -> None:
-        """The dynamics are neither decayed nor trained faster than 1e-3, as the authors train them."""
+        """Bounds the learning rate of parameters by 1e-3 and turns weight decay off for them, as the authors do."""
         no_weight_decay(*parameters)
         for parameter in parameters:
             parameter.lr_max = 1e-3
 
     def _discretise(self) -> tuple[Tensor, ...]:
-        """(D, M) complex128 each: a, b, c and whatever else `_advance` needs."""
+        """Returns a, b, c and whatever else `_advance` needs, (D, M) complex128 each."""
         raise NotImplementedError
 
     def _kernel(self, T: int) -> Tensor:
-        """(D, T) float64: the response to 1, 0, 0, ... without D."""
+        """Returns the response to 1, 0, 0, ... without D, (D, T) float64."""
         raise NotImplementedError
 
     def _run(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, D, T) float64, (B, D, M) complex128 -> y without D x, the state after the last step."""
+        """Returns y without D x, and the state after the last step: x (B, D, T) float64, h (B, D, M) complex128."""
         raise NotImplementedError
 
     @staticmethod
     def _advance(system: tuple[Tensor, ...], x_t: Tensor, h: Tensor) -> Tensor:
-        """(B, D, 1), (B, D, M) -> the next state."""
+        """Returns the state after x_t (B, D, 1), given the one before it, h (B, D, M)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """See `Mixer.forward`. The convolution is in fp32, or float64 where x or the parameters are.
+        """As `Mixer.forward`. The convolution is in float32, or in float64 where x or the parameters are.
 
-        With a state all of it is in float64, since S4's feedback cancels digits: three to twelve times slower, which
-        no training asks for.
+        With a state everything is in float64, because S4's feedback cancels digits. This is three to twelve times
+        slower, but training needs no state.
 
         Args:
             x: (B, T, D), T >= 1.
@@ -149,7 +149,7 @@ class _StateSpace(Mixer):
             return (y.transpose(1, 2) + self.D.to(wide) * x).to(x.dtype), state
 
     def step(self, x_t: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Mixer.step`. Discretises anew in every call: 0.1 ms of 0.3 (B = 32, D = 64, one CPU core).
+        """As `Mixer.step`. Each call discretises anew, 0.1 ms of 0.3 (B = 32, D = 64, one CPU core).
 
         Args:
             x_t: (B, D).
@@ -166,7 +166,7 @@ class _StateSpace(Mixer):
             return y.to(x_t.dtype), state
 
     def initial_state(self, batch_size: int) -> Tensor:
-        """(B, D, M) complex: zeros."""
+        """Returns zeros, (B, D, M) complex."""
         dtype = torch.promote_types(self.C.dtype, torch.complex64)
         return torch.zeros(batch_size, self.dim, self.state_size // 2, dtype=dtype, device=self.C.device)
 
@@ -180,7 +180,7 @@ class _StateSpace(Mixer):
 
 
 def _complex(pairs: Tensor) -> Tensor:
-    """(..., 2) -> (...) complex128."""
+    """Returns pairs (..., 2) as complex128 (...)."""
     return torch.view_as_complex(pairs.double())
 
 
@@ -189,17 +189,17 @@ class S4D(_StateSpace):
 
         h' = A h + x,   y = 2 Re(C h) + D x,   A = -exp(log_A_real) + i A_imag
 
-    discretised by zero-order hold with a step of its own for each channel. As in the authors' listing
+    It is discretised by zero-order hold with a step of its own for each channel. As in the authors' listing
     (https://github.com/state-spaces/s4/blob/2ed46fcf77f2392145ceb801a553367c9111675a/models/s4/s4d.py): A_n starts
-    at -1/2 + i pi n, B is 1 since C can stand for it, log dt is uniform, C and D are normal. log_dt and A are not
-    decayed and their lr_max is 1e-3; C is an ordinary parameter, D is not decayed.
+    at -1/2 + i pi n, B is 1 since C can absorb it, log dt is uniform, C and D are normal. log_dt and A are not
+    decayed and their lr_max is 1e-3; C is an ordinary parameter; D is not decayed.
 
     Args:
         dim: D.
         state_size: N = 2M, the real size of each channel's state.
         dt_min, dt_max: the range of the initial steps.
         discretization: "zoh" (zero-order hold), or "bilinear", as inside H3.
-        learn_B: whether B is a parameter too, from 1, trained as A is; as inside H3.
+        learn_B: whether B is a parameter too, as inside H3; it starts from 1 and is trained as A is.
     """
 
     def __init__(
@@ -249,11 +249,11 @@ class S4D(_StateSpace):
 
 
 def _legs(state_size: int) -> tuple[Tensor, Tensor]:
-    """HiPPO-LegS as (imaginary parts of Lambda (M,) float64, B (M,) complex128); the real parts are -1/2.
+    """Returns HiPPO-LegS as the imaginary parts of Lambda, (M,) float64, and B, (M,) complex128.
 
-    With p_n = sqrt(n + 1/2) the matrix is S - 1/2 - p p^T, S skew (arXiv 2111.00396, appendix C.1), and
-    sqrt(2) p is its input vector, so P = B / sqrt(2). An eigenvector's phase is free: here its first component is real,
-    as LAPACK has it for the authors, whose clipping of B (see `S4`) depends on the phase.
+    The real parts are -1/2. With p_n = sqrt(n + 1/2) the matrix is S - 1/2 - p p^T, S skew (arXiv 2111.00396, appendix
+    C.1), and sqrt(2) p is its input vector, so P = B / sqrt(2). An eigenvector's phase is free: its first component is
+    real here, as in LAPACK's result for the authors, whose clipping of B (see `S4`) depends on the phase.
     """
     p = (torch.arange(state_size, dtype=torch.float64) + 0.5).sqrt()
     pp = torch.outer(p, p)
@@ -268,18 +268,18 @@ class S4(_StateSpace):
 
         h' = A h + B x,   y = 2 Re(C h) + D x,   A h = Lambda h - P 2 Re(P^* h),   Lambda = -exp(log_A_real) + i A_imag
 
-    discretised by the bilinear transform with a step of its own for each channel. The two low-rank factors are tied,
-    which keeps A stable (arXiv 2202.09729, on stabilising S4). Lambda, P, B and dt belong to each channel alone. They
-    are not decayed and their lr_max is 1e-3; C is an ordinary parameter, normal at first; D is not decayed. The
+    It is discretised by the bilinear transform with a step of its own for each channel. The two low-rank factors are
+    tied, which keeps A stable (arXiv 2202.09729, on stabilising S4). Each channel has its own Lambda, P, B and dt. They
+    are not decayed and their lr_max is 1e-3; C is an ordinary parameter, initially normal; D is not decayed. The
     imaginary part of the initial B is clipped to 2, as the authors' code does
     (https://github.com/state-spaces/s4/blob/e757cef57d89e448c413de7325ed5601aceaac13/models/s4/s4.py, nplr).
 
     The discrete matrix is again diagonal plus rank one: h_t = a h_{t-1} - p w_t + b x_t with w_t = Re(q h_{t-1}), a
-    diagonal system with one feedback w. Hence the paper's Woodbury identity with the four generating functions,
+    diagonal system with one feedback w. This gives the paper's Woodbury identity with its four generating functions,
     K(z) = k_cb(z) - k_cp(z) (1 + z k_qp(z))^-1 z k_qb(z). The paper evaluates it at the roots of unity, where it is
-    the infinite kernel folded to length T, and so trains C (I - A^T) for one T. Here the four are truncated power
-    series and the division is one of series: exact for every T with C itself as the parameter, the same system
-    in `step`, and cheaper for these sizes than the T-th power of a dense matrix.
+    the infinite kernel folded to length T, and so trains C (I - A^T) for one T. Here the four functions are truncated
+    power series, divided as series. This is exact for every T with C itself as the parameter, describes the same
+    system as `step`, and is cheaper at these sizes than the T-th power of a dense matrix.
 
     Args:
         dim: D.
@@ -298,7 +298,7 @@ class S4(_StateSpace):
         self._small_steps(self.log_dt, self.log_A_real, self.A_imag, self.B, self.P)
 
     def _discretise(self) -> tuple[Tensor, ...]:
-        """a, b, c, p, q. With E = I - (dt/2) A the bilinear transform is 2 E^-1 - I and E^-1 dt B."""
+        """Returns a, b, c, p, q. With E = I - (dt/2) A the bilinear transform gives 2 E^-1 - I and E^-1 dt B."""
         half_dt = self.log_dt.double().exp().unsqueeze(-1) / 2
         A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
         B, P = _complex(self.B), _complex(self.P)
@@ -331,7 +331,7 @@ class S4(_StateSpace):
 class ShiftSSM(Mixer):
     """The shift SSM of H3: a causal filter of `size` taps for every channel, and D x (arXiv 2212.14052, section 3.1).
 
-    y_t = C h_t + D x_t, where h_t is h_{t-1} shifted by one place, plus B x_t: so the taps are k_j = sum_n B_n C_{n+j}.
+    y_t = C h_t + D x_t, where h_t is h_{t-1} shifted by one place, plus B x_t, so the taps are k_j = sum_n B_n C_{n+j}.
     As in the authors' code
     (https://github.com/HazyResearch/H3/blob/5c4d06b5795405170387c80998b58d76179a8a1a/src/models/ssm/ss_kernel.py)
     B starts from e_1 and C from U(-1/sqrt(size), 1/sqrt(size)), and both are trained. B and D do not decay, and B's
@@ -354,13 +354,13 @@ class ShiftSSM(Mixer):
         self.B.lr_max = 1e-3
 
     def taps(self) -> Tensor:
-        """(dim, size), in the parameters' dtype."""
+        """Returns the taps (dim, size), in the parameters' dtype."""
         n = 2 * self.size
         wide = torch.fft.rfft(self.B.double(), n).conj() * torch.fft.rfft(self.C.double(), n)
         return torch.fft.irfft(wide, n)[:, : self.size].to(self.C.dtype)
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """As `Mixer.forward`. The convolution is in float32, or float64 where x or the parameters are."""
+        """As `Mixer.forward`. The convolution is in float32, or in float64 where x or the parameters are."""
         T, past = x.shape[1], 0 if state is None else self.size - 1
         window = x if state is None else torch.cat([state, x], 1)
         wide = torch.promote_types(torch.promote_types(x.dtype, self.D.dtype), torch.float32)

@@ -1,6 +1,6 @@
 """S6, the selective state space model of Mamba (arXiv 2312.00752, section 3.2, algorithm 2).
 
-B, C and dt are the paper's; tensors are (batch, T, dim) or, as B and C, (batch, T, N) with N the state's size.
+B, C and dt are the paper's. Tensors are (batch, T, dim); B and C are (batch, T, N), where N is the state's size.
 """
 
 import importlib.util
@@ -16,20 +16,20 @@ from .base import Mixer, no_weight_decay
 
 
 class S6(Mixer):
-    """Channels to channels: no gate, no convolution and no projection of the output.
+    """The selective state space layer, without gate, convolution or output projection.
 
-    With (dt_low, B, C) = Linear(x) and dt = softplus(Linear(dt_low)), for every channel with its N states:
-    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t and y_t = C_t h_t + D x_t. Settings, names and the initial values are
-    those of https://github.com/state-spaces/mamba (mamba_ssm/modules/mamba_simple.py), which sets dt_rank by the
-    width of the model and not, as the default here, by that of this layer.
+    With (dt_low, B, C) = Linear(x) and dt = softplus(Linear(dt_low)), every channel with its N states computes
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t and y_t = C_t h_t + D x_t. Settings, names and initial values are those
+    of https://github.com/state-spaces/mamba (mamba_ssm/modules/mamba_simple.py), which derives dt_rank from the width
+    of the model; the default here derives it from that of this layer.
 
     Args:
         dt_rank: the width of dt_low; None means dim / 16, rounded up.
-        dt_min, dt_max: the bias of dt is drawn so that softplus(bias) is log-uniform between these, ...
-        dt_floor: ... and at least this.
-        backend: one of `minrnn.ops.selective.selective_scan`, or "mamba-ssm": that package's CUDA kernel. It takes
-            no initial state, so a call with a state runs on "auto" of `selective_scan`. "auto" is "mamba-ssm" where
-            it is installed, the tensors are on CUDA and not float64; elsewhere it is `selective_scan`'s.
+        dt_min, dt_max: the range of softplus(bias of dt) at initialisation, drawn log-uniformly.
+        dt_floor: the least value of it.
+        backend: one of `minrnn.ops.selective.selective_scan`, or "mamba-ssm", that package's CUDA kernel. It takes
+            no initial state, so a call with a state runs on "auto" of `selective_scan`. "auto" is "mamba-ssm" if it
+            is installed and the tensors are on CUDA and not float64; otherwise it is `selective_scan`'s.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class S6(Mixer):
         return torch.zeros(batch_size, self.dim, self.state_size, device=self.A_log.device, dtype=dtype)
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dt before its bias, B and C, in float32 or wider."""
+        """Returns dt without its bias, B and C, in float32 or wider."""
         low, B, C = self.x_proj(x).split([self.dt_rank, self.state_size, self.state_size], -1)
         dt = F.linear(low, self.dt_proj.weight)
         return _widen(dt, x), _widen(B, x), _widen(C, x)
 
     def _wide(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, A, D and the bias of dt, in float32 or wider."""
+        """Returns x, A, D and the bias of dt, in float32 or wider."""
         return _widen(x, x), -_widen(self.A_log, x).exp(), _widen(self.D, x), _widen(self.dt_proj.bias, x)
 
     def _uses_mamba_ssm(self, u: Tensor) -> bool:
@@ -108,12 +108,12 @@ class S6(Mixer):
 
 
 def _coefficients(u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., dim, N) each, for (..., dim) and (..., N)."""
+    """Returns exp(dt A) and dt u B, (..., dim, N) each, for u, dt (..., dim) and B (..., N)."""
     return torch.exp(dt[..., None] * A), (dt * u)[..., None] * B[..., None, :]
 
 
 def _mamba_ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
-    """(batch, T, dim), D x included; dt is what stands before its bias and softplus."""
+    """Returns y (batch, T, dim), including D x; dt is given without its bias and softplus."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     u, dt, B, C = (x.transpose(1, 2).contiguous() for x in (u, dt, B, C))  # time is the last dimension there
@@ -130,5 +130,5 @@ def _widen(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
-    """Exponentials and long sums stay in float32."""
+    """Turns autocast off, so that exponentials and long sums stay in float32."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""SRU as a mixer: gates that see the state before through one weight a unit, and a highway around it."""
+"""SRU as a mixer: gates with one weight per unit for the previous state, and a highway around the recurrence."""
 
 import math
 
@@ -8,24 +8,24 @@ from torch import Tensor, nn
 from .base import Mixer, State, like
 from .recurrent import units
 
-ALPHA = math.sqrt(3)  # keeps the variance of what the highway carries; the paper's for a reset gate without a bias
+ALPHA = math.sqrt(3)  # keeps the variance along the highway; the paper's value for a reset gate without a bias
 
 
 class SRU(Mixer):
-    """A simple recurrent unit of `expansion * dim` units, and a projection to dim.
+    """A simple recurrent unit with `expansion * dim` units, then a projection to dim.
 
     (Lei et al., arXiv 1709.02755 version 5, EMNLP 2018, equations 1 to 4, with section 3.2's constant alpha = sqrt(3).)
 
         f_t = sigmoid(W_f x_t + v_f * c_{t-1} + b_f),   c_t = f_t * c_{t-1} + (1 - f_t) * W x_t,
         r_t = sigmoid(W_r x_t + v_r * c_{t-1} + b_r),   h_t = r_t * c_t + (1 - r_t) * alpha x_t
 
-    An ancestor of minGRU and minLSTM: without v its recurrence would be minGRU's. With v the state enters its own
-    gate, so it is no linear recurrence: a plain loop over time. The state starts from zeros. Where expansion is not 1,
-    a fourth matrix of x stands for alpha x, as in the authors' package (sru 2.6.0, sru/modules.py), whose initial
-    values these are too.
+    SRU is an ancestor of minGRU and minLSTM: without v its recurrence would be minGRU's. With v the state enters its
+    own gate, so the recurrence is not linear and runs as a plain loop over time. The state starts from zeros. If
+    expansion is not 1, a fourth matrix times x replaces alpha x. This and the initial values are those of the authors'
+    package (sru 2.6.0, sru/modules.py).
 
     Raises:
-        ValueError: expansion * dim is no whole number.
+        ValueError: expansion * dim is not a whole number.
 
     A state is c, (B, expansion * dim).
     """
@@ -34,7 +34,7 @@ class SRU(Mixer):
         super().__init__()
         self.dim = dim
         H = self.hidden_size = units(dim, expansion)
-        self.in_proj = nn.Linear(dim, (3 if H == dim else 4) * H, bias=False)  # W, W_f, W_r, what the highway carries
+        self.in_proj = nn.Linear(dim, (3 if H == dim else 4) * H, bias=False)  # W, W_f, W_r, and the highway's matrix
         self.v = nn.Parameter(torch.empty(2, H).uniform_(-math.sqrt(1.5), math.sqrt(1.5)))  # v_f, v_r
         self.bias = nn.Parameter(torch.zeros(2, H))  # b_f, b_r
         self.out = nn.Linear(H, dim)

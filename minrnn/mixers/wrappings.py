@@ -1,7 +1,7 @@
-"""What surrounds an inner layer in a block: the architectures of Mamba's table 1 (arXiv 2312.00752, section 4.1).
+"""The blocks around an inner layer: the architectures of Mamba's table 1 (arXiv 2312.00752, section 4.1).
 
 Every wrapping takes `inner`, a callable from a width to a Mixer: a class, or functools.partial(S6, state_size=8).
-Its state is a tuple that ends with the inner layer's; it is recurrent where the inner layer is.
+Its state is a tuple that ends with the inner layer's; it has a recurrent form if the inner layer has one.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from .s4 import ShiftSSM
 class CausalConv(Mixer):
     """One filter of `size` taps for every channel, with a bias: y_t = bias + sum_k weight_k x_{t - size + 1 + k}.
 
-    The same as torch.nn.Conv1d(dim, dim, size, groups=dim) over a sequence with size - 1 zeros before it, and
-    initialised like that. The weight is (size, dim), time first, which needs no transposed copy of the sequence.
+    It equals torch.nn.Conv1d(dim, dim, size, groups=dim) over a sequence with size - 1 zeros before it, and has its
+    initialisation. The weight is (size, dim), time first, so the sequence needs no transposed copy.
     The state is the last size - 1 inputs, (B, size - 1, dim).
     """
 
@@ -74,7 +74,7 @@ class Ungated(Mixer):
 
 
 class _Gated(Mixer):
-    """What H3, Hyena and Mamba share: a short convolution, an inner layer, and the state of both."""
+    """The base of H3, Hyena and Mamba: a short convolution, an inner layer, and the state of both."""
 
     conv: CausalConv | ShiftSSM
     inner: Mixer
@@ -89,14 +89,14 @@ class _Gated(Mixer):
         return self.conv.initial_state(batch_size), self.inner.initial_state(batch_size)
 
     def _mix(self, x: Tensor, state: State | None, conv: Callable, inner: Callable) -> tuple[Tensor, State | None]:
-        """A sequence or a token, as conv and inner are those for a sequence or for a token."""
+        """Maps a sequence or a token, whichever conv and inner are given for."""
         raise NotImplementedError
 
 
 class H3(_Gated):
     """q * inner(shift(k) * v), between two Linears (arXiv 2212.14052, section 3.2).
 
-    The shift is a `ShiftSSM` of 64 taps. With S4D-Lin inside, bilinear and with a learned B, this is the authors' code
+    The shift is a `ShiftSSM` of 64 taps. With bilinear S4D-Lin and a learned B inside, this is the authors' code
     (https://github.com/HazyResearch/H3, src/models/ssm/h3.py, with heads of one channel, its default).
     The state is (the shift's, the inner layer's).
     """
@@ -120,7 +120,7 @@ class H3(_Gated):
 class HyenaOperator(_Gated):
     """q * inner(k * v) with (q, k, v) = conv(Linear(x)), then a Linear (arXiv 2302.10866, definition 3.1).
 
-    With `Hyena` inside and a convolution of 3 it is the authors' operator of order 2
+    With `Hyena` inside and a convolution of 3 taps it is the authors' operator of order 2
     (https://github.com/HazyResearch/safari, src/models/sequence/hyena.py).
     The state is (the convolution's, the inner layer's).
     """
@@ -144,8 +144,8 @@ class HyenaOperator(_Gated):
 class Mamba(_Gated):
     """inner(SiLU(conv(x'))) * SiLU(z) with (x', z) = Linear(x), then a Linear (arXiv 2312.00752, section 3.4).
 
-    The two Linears have no bias. With S6 inside this is Mamba's block, whose dt_rank is ceil(dim / 16) of the width
-    outside: `partial(S6, dt_rank=math.ceil(dim / 16))`.
+    The two Linears have no bias. With S6 inside this is Mamba's block, whose dt_rank comes from the outer width:
+    `partial(S6, dt_rank=math.ceil(dim / 16))`.
     The state is (the convolution's, the inner layer's).
     """
 

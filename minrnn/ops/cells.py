@@ -1,16 +1,16 @@
 """The gated forms of h_t = a_t h_{t-1} + b_t, written once in torch.
 
 A *cell* says how the inputs of a scan become the coefficients (a, b). The compiled backends fuse these
-formulas with the scan; the reference and log-space backends, double backward and `step` use them as they
-stand here.
+formulas with the scan; the reference and log-space backends, double backward and `step` use the functions
+below.
 
 Source: "Were RNNs All We Needed?", arXiv 2410.01201, sections 3.1 (minGRU), 3.2 (minLSTM) and appendix B
 (the activation g and the log-space forms).
 
-*Signed* cells have coefficients in (-1, 1), with which a linear recurrence can count modulo 2 (arXiv 2411.12537). Where
-plain ones keep a share a of the state and take a share 1 - a of the candidate, these keep a - (1 - a) = 2 a - 1 and
-take what is left, 1 - |2 a - 1|: keep at one end, replace in the middle, flip the sign at the other end. minLSTM with
-independent gates keeps 2 f - 1, and its input gate stays as it is.
+*Signed* cells have coefficients in (-1, 1), with which a linear recurrence can count modulo 2 (arXiv 2411.12537). Plain
+cells multiply the state by a and the candidate by 1 - a. Signed ones multiply the state by a - (1 - a) = 2 a - 1 and
+the candidate by the rest, 1 - |2 a - 1|: they keep the state at a = 1, replace it at 1/2, flip its sign at 0. minLSTM
+with independent gates multiplies the state by 2 f - 1, and its input gate is unchanged.
 """
 
 from collections.abc import Callable
@@ -32,9 +32,9 @@ INPUTS = {
 @dataclass(frozen=True)
 class Cell:
     kind: str  # a key of INPUTS
-    activation: Activation = "identity"  # of the candidate
-    normalize: bool = False  # minLSTM's gates divided by their sum
-    signed: bool = False  # a in (-1, 1) in place of (0, 1)
+    activation: Activation = "identity"  # the candidate's
+    normalize: bool = False  # whether minLSTM's gates are divided by their sum
+    signed: bool = False  # whether a is in (-1, 1) instead of (0, 1)
 
     def __post_init__(self):
         if self.activation not in ("g", "identity"):
@@ -49,7 +49,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The key in CELLS: torch's operators take strings."""
+        """The key in CELLS, a string because torch's operators take strings."""
         if self.kind == "linear":
             return "linear"
         independent = self.kind == "minlstm" and not self.normalize
@@ -74,19 +74,19 @@ CELLS = {
 
 
 def g(x: Tensor) -> Tensor:
-    """The paper's positive activation: x + 0.5 where x >= 0, else sigmoid(x). Any shape, any float dtype."""
+    """Returns the paper's positive activation: x + 0.5 where x >= 0, else sigmoid(x). Any shape, any float dtype."""
     return torch.where(x >= 0, x + 0.5, torch.sigmoid(x))
 
 
 def log_g(x: Tensor) -> Tensor:
-    """log g(x), accurate where g(x) is small."""
+    """Returns log g(x), accurate where g(x) is small."""
     return torch.where(x >= 0, torch.log(F.relu(x) + 0.5), F.logsigmoid(x))
 
 
 def coefficients(
     cell: Cell, inputs: tuple[Tensor, ...], log_sigmoid: Callable[[Tensor], Tensor] = F.logsigmoid
 ) -> tuple[Tensor, Tensor]:
-    """(a, b) of the recurrence, each of the inputs' shape and dtype; the inputs are those that INPUTS names."""
+    """Returns the recurrence's (a, b), each of the inputs' shape and dtype; INPUTS names the inputs."""
     if cell.kind == "linear":
         return inputs
     *gates, candidate = inputs
@@ -98,7 +98,7 @@ def coefficients(
         return (a - torch.sigmoid(-forget_gate) if cell.signed else a), take * candidate
     if cell.kind == "mingru":
         balance = -gates[0]
-    else:  # f / (f + i) = sigmoid(log f - log i): defined also where both gates underflow.
+    else:  # f / (f + i) = sigmoid(log f - log i), defined even where both gates underflow.
         balance = log_sigmoid(gates[0]) - log_sigmoid(gates[1])
     a, take = torch.sigmoid(balance), torch.sigmoid(-balance)
     if cell.signed:
@@ -107,7 +107,7 @@ def coefficients(
 
 
 def log_coefficients(cell: Cell, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """(log a, log b), as the paper's appendix B computes them. The inputs' shape and dtype."""
+    """Returns (log a, log b) as the paper's appendix B computes them, in the inputs' shape and dtype."""
     if cell.kind == "linear":
         a, b = inputs
         return a.log(), b.log()

@@ -1,19 +1,17 @@
 """The scans on a CPU: gates fused with the recurrence, compiled with numba, forward and backward.
 
-What decides the speed is memory: minGRU in float32 needs 12 bytes an element forward (read gate and
-candidate, write h) and 24 backward (read gate, candidate, h and its gradient, write two gradients); nothing
-else is saved or moved. Next come two exponentials and one division an element in either direction, so the
-exponential is a polynomial that the compiler vectorises.
+Memory bandwidth limits the speed: minGRU in float32 moves 12 bytes per element forward (read gate and candidate,
+write h) and 24 backward (read gate, candidate, h and its gradient, write two gradients); nothing else is saved or
+moved. Next come two exponentials and one division per element in either direction, so the exponential is a
+polynomial that the compiler vectorises.
 
-A kernel walks time in the outer loop and a row of channels in the inner one, in blocks of 16 or 32. The last
-block of a row overlaps the one before it instead of falling into a scalar remainder: it computes a few
-channels twice, from a carried state of its own, and writes the same values again. Rows shorter than a block
-are copied into one.
+A kernel loops over time outside and over a row of channels inside, in blocks of 16 or 32. The last block of a row
+overlaps the one before it, which avoids a scalar remainder: it computes a few channels twice, from its own carried
+state, and writes the same values again. Rows shorter than a block are copied into one.
 
-Tensors enter as the address of their first element and their strides, so that views cost nothing (and numpy
-has no bfloat16). A kernel is specialised by the types of two tags, the cell and the element type. Threads are
-torch's number of threads, each with a fixed share of the batch or the channels, so that results do not depend
-on timing.
+Kernels take the address of a tensor's first element and its strides, so that views cost nothing (and numpy has no
+bfloat16). A kernel is specialised by the types of two tags, the cell and the element type. There are as many threads
+as torch uses, each with a fixed share of the batch or the channels, so that results do not depend on timing.
 """
 
 import contextlib
@@ -37,22 +35,22 @@ from torch import Tensor
 
 from .cells import CELLS, Cell
 
-# Channels of a block. A block of the linear scan is so short a loop that the compiler unrolls one of 16 before it
-# comes to vectorise it, and then does that badly; with 32 it does not. The gated ones lose by more than 16.
+# Channels per block. The linear scan's loop over a block is so short that the compiler unrolls one of 16 before
+# vectorising it, and then vectorises badly; with 32 it does not. The gated cells are slower with more than 16.
 LANES, LINEAR_LANES = 16, 32
-# Bytes of a block of the widest element, and how many a row shorter than a block is worked on in.
+# Bytes of a block of the widest element, and the number of such slots for rows shorter than a block.
 SLOT = LINEAR_LANES * 8
 SCRATCH_SLOTS = 8
-# Below this many elements a further thread costs more than it saves.
+# Below this many elements per thread another thread costs more than it saves.
 MIN_ELEMENTS_PER_THREAD = 1 << 18
-# Channels are divided among threads in pieces no smaller than this: threads that walk side by side through
-# the same rows disturb each other's prefetching (at D = 64 two threads took three times as long as one).
+# The least number of channels per thread: threads that work side by side on the same rows disturb each other's
+# prefetching (at D = 64 two threads took three times as long as one).
 MIN_PIECE = 1 << 12
-# Rows of one time step that are walked together, where time is the outermost dimension: their carried
-# states stay in the nearest cache.
+# Elements of one time step that are processed together if time is the outermost dimension: their carried states stay
+# in the L1 cache.
 CARRY_ELEMENTS = 1 << 12
 
-# "contract" allows fused multiply-add; nothing that would reorder sums or assume NaN away.
+# "contract" allows fused multiply-add, but no reordering of sums and no assumption that there is no NaN.
 _OPTIONS = dict(nogil=True, error_model="numpy", fastmath={"contract"})
 # A call left in an inner loop would keep the compiler from vectorising it.
 _jit = njit(forceinline=True, **_OPTIONS)
@@ -60,7 +58,7 @@ _overload = partial(overload, jit_options=dict(forceinline=True, **_OPTIONS))
 
 
 def _sources() -> str:
-    """What compiled kernels depend on. numba itself looks at the file of the outermost function only."""
+    """Returns a digest of all kernels' sources: numba itself checks only the file of the outermost function."""
     digest = hashlib.sha256()
     for name in ("cells.py", "cpu.py", "selective_cpu.py"):
         digest.update((Path(__file__).parent / name).read_bytes())
@@ -68,7 +66,7 @@ def _sources() -> str:
 
 
 class _Cache(FunctionCache):
-    """numba's cache on disk, of all sources, and of no consequence where it is damaged or cannot be written."""
+    """numba's disk cache, tied to all sources; it only warns where it is damaged or cannot be written."""
 
     def __init__(self, function):
         super().__init__(function)
@@ -113,7 +111,7 @@ def _cached_jit(function):
 
 # --- element types ---------------------------------------------------------------------------------------
 
-# numba has no float16 and bfloat16 on a CPU: int16 and uint16 stand for them.
+# numba has no float16 or bfloat16 on a CPU: int16 and uint16 represent them.
 _ELEMENT_TAGS = {
     torch.float32: np.float32(0),
     torch.float64: np.float64(0),
@@ -138,9 +136,9 @@ def _element_pointer(builder, element, address, index):
 
 
 def _declare_no_overlap(module, instruction, stream):
-    """Streams never overlap: what is read (0), the carried state (1), each tensor written (2, 3, 4).
+    """Declares that streams never overlap: inputs (0), the carried state (1), each tensor written (2, 3, 4).
 
-    The compiler then vectorises without checks at run time, of which it would accept too few.
+    The compiler then vectorises without run-time checks, for which there would be too many streams.
     """
     domain = module.add_metadata(["minrnn"])
     scopes = [module.add_metadata([f"minrnn stream {i}", domain]) for i in range(5)]
@@ -150,7 +148,7 @@ def _declare_no_overlap(module, instruction, stream):
 
 @intrinsic(prefer_literal=True)
 def _load(typingctx, stream, element, address, index):
-    """The element at `address` + `index` elements, in the compute type."""
+    """Returns the element at `address` + `index` elements, in the compute type."""
 
     def codegen(context, builder, signature, args):
         value = builder.load(_element_pointer(builder, element, args[2], args[3]))
@@ -197,13 +195,13 @@ def _copy_element(typingctx, element, source, source_index, target, target_index
 
 # --- the exponential ---------------------------------------------------------------------------------------
 # exp(x) = 2^n p(r), n = round(x / ln 2), r = x - n ln 2. Adding 1.5 * 2^23 (2^52 in float64) rounds to an
-# integer and leaves n in the low bits, whence a shift brings it into the exponent. At the lower bound n is
-# -127 (-1023), whose exponent bits are all zero: the result is 0 there, as it should be.
+# integer and leaves n in the low bits; a shift moves it into the exponent. At the lower bound n is -127 (-1023),
+# whose exponent bits are all zero, so the result is 0, as it should be.
 
 
 @intrinsic
 def _times_power_of_two(typingctx, p, shifted):
-    """p * 2^n, n being in the low bits of `shifted`."""
+    """Returns p * 2^n, where n is in the low bits of `shifted`."""
 
     def codegen(context, builder, signature, args):
         integer, mantissa, bias = (_I64, 52, 1023) if p == types.float64 else (_I32, 23, 127)
@@ -215,7 +213,7 @@ def _times_power_of_two(typingctx, p, shifted):
 
 
 def _bounded_exp(x):
-    """exp(x) for x between the lower bound and 0."""
+    """Returns exp(x) for x between the lower bound and 0."""
     raise NotImplementedError("compiled only")
 
 
@@ -267,7 +265,7 @@ def _(x):
 
 @_jit
 def _exp_minus_abs(x):
-    """exp(-|x|); NaN stays NaN."""
+    """Returns exp(-|x|); NaN stays NaN."""
     y = -abs(x)
     bound = _lower_bound(x)
     return _bounded_exp(bound if y < bound else y)
@@ -275,7 +273,7 @@ def _exp_minus_abs(x):
 
 @_jit
 def _exp_minus_abs_finite(x):
-    """exp(-|x|); 0 for NaN, so that it cannot spoil what is computed beside it."""
+    """Returns exp(-|x|), or 0 for NaN, so that NaN does not spread to values computed with it."""
     y = -abs(x)
     bound = _lower_bound(x)
     return _bounded_exp(y if y > bound else bound)
@@ -287,19 +285,19 @@ def _like(x, value):
 
 @_overload(_like)
 def _(x, value):
-    """The constant in x's type: a Python number would widen float32 to float64."""
+    """Returns the constant in x's type: a Python number would widen float32 to float64."""
     if x == types.float64:
         return lambda x, value: np.float64(value)
     return lambda x, value: np.float32(value)
 
 
 # --- the cells ---------------------------------------------------------------------------------------------
-# `_coefficients` gives (a, b); `_gradients` gives, for the gradient s that reaches a state and the state
-# `previous` to it, the gradient that goes on to `previous` (a s) and those of gate, input_gate (a dummy where
-# there is none) and candidate. The linear scan's a and b stand in the places of gate and candidate, minLSTM's
-# forget gate in that of gate. The formulas are those of cells.py.
+# `_coefficients` returns (a, b). `_gradients` takes the gradient s that reaches a state and the `previous` state;
+# it returns the gradient passed on to `previous` (a s) and those of gate, input_gate (a dummy if there is none) and
+# candidate. For the linear scan, a and b replace gate and candidate; for minLSTM, gate is the forget gate. The
+# formulas are those of cells.py.
 
-# numba specialises by type and finds a type again in its cache by its name here: one for each cell.
+# One type per cell: numba specialises by type, and its cache identifies a type by the name given here.
 _Linear = namedtuple("_Linear", ())
 _MinGRU = namedtuple("_MinGRU", ())
 _MinGRUIdentity = namedtuple("_MinGRUIdentity", ())
@@ -334,7 +332,7 @@ _TAGS = {cell: tag() for tag, cell in _CELLS.items()}
 
 @_jit
 def _sigmoids(x, e, reciprocal):
-    """sigmoid(x) and sigmoid(-x) from e = exp(-|x|) and 1 / (1 + e): both to full relative precision."""
+    """Returns sigmoid(x), sigmoid(-x) from e = exp(-|x|) and 1 / (1 + e), both to full relative precision."""
     small = e * reciprocal
     return (reciprocal, small) if x >= _like(x, 0.0) else (small, reciprocal)
 
@@ -346,20 +344,20 @@ def _g(x, e, reciprocal):
 
 @_jit
 def _g_slope(x, g):
-    """dg/dx, given g(x)."""
+    """Returns dg/dx, given g(x)."""
     one = _like(x, 1.0)
     return one if x >= _like(x, 0.0) else g * (one - g)
 
 
 @_jit
 def _times_difference(s, x, y):
-    """s x - s y. Factored it is more precise where x is near y; unfactored it is NaN or infinite as it should be."""
+    """Returns s x - s y: factored for precision where x is near y, unfactored if s is not finite."""
     return s * (x - y) if abs(s) < _like(s, np.inf) else s * x - s * y
 
 
 @_jit
 def _mingru_parts(gate, candidate):
-    """1 - z, z, g(candidate): the two divisions are made one."""
+    """Returns 1 - z, z, g(candidate), with one division instead of two."""
     one = _like(gate, 1.0)
     e_gate, e_candidate = _exp_minus_abs(gate), _exp_minus_abs_finite(candidate)
     gate_sum, candidate_sum = one + e_gate, one + e_candidate
@@ -385,10 +383,10 @@ def _g_of(x):
 
 @_jit
 def _normalized_gates(forget_gate, input_gate):
-    """f / (f + i), i / (f + i), sigmoid(-forget_gate), sigmoid(-input_gate); f and i are the gates' sigmoids.
+    """Returns f / (f + i), i / (f + i), 1 - f, 1 - i, where f and i are the gates' sigmoids.
 
-    sigmoid(x) = exp(min(x, 0)) / (1 + exp(-|x|)); of the two exp(min(x, 0)) only the ratio is formed, so that
-    two gates far below zero do not become 0 / 0.
+    sigmoid(x) = exp(min(x, 0)) / (1 + exp(-|x|)). Only the ratio of the two exp(min(x, 0)) is computed, so that two
+    gates far below zero do not give 0 / 0.
     """
     zero, one = _like(forget_gate, 0.0), _like(forget_gate, 1.0)
     e_forget, e_input = _exp_minus_abs(forget_gate), _exp_minus_abs(input_gate)
@@ -405,7 +403,7 @@ def _normalized_gates(forget_gate, input_gate):
 
 @_jit
 def _unnormalized_gates(forget_gate, input_gate):
-    """sigmoid(forget_gate), sigmoid(input_gate), sigmoid(-forget_gate), sigmoid(-input_gate)."""
+    """Returns f, i, 1 - f, 1 - i, where f and i are the gates' sigmoids."""
     one = _like(forget_gate, 1.0)
     e_forget, e_input = _exp_minus_abs(forget_gate), _exp_minus_abs(input_gate)
     a, not_forget = _sigmoids(forget_gate, e_forget, one / (one + e_forget))
@@ -415,10 +413,10 @@ def _unnormalized_gates(forget_gate, input_gate):
 
 @_jit
 def _signed(a, take):
-    """2 a - 1, what is left of 1 beside it, and its sign, for a + take = 1.
+    """Returns 2 a - 1, 1 - |2 a - 1| and the sign of 2 a - 1, for a + take = 1.
 
-    Of gates that share no division with the candidate, as in `_mingru_parts`: rounding may not move a from 1 to
-    1 - 6e-8, or a state that only flips its sign decays.
+    The gates must not share a division with the candidate as in `_mingru_parts`: rounding would move a from 1 to
+    1 - 6e-8, and a state that only flips its sign would decay.
     """
     zero, one = _like(a, 0.0), _like(a, 1.0)
     keep = a - take
@@ -522,8 +520,8 @@ def _(tag):
 
 
 # --- kernels -----------------------------------------------------------------------------------------------
-# A stream is (address of its first element, stride over the batch, stride over time), in bytes, its rows
-# contiguous. `carry` holds the carried states of the rows walked together, each padded to whole blocks.
+# A stream is (address of its first element, stride over the batch, stride over time), in bytes; its rows are
+# contiguous. `carry` holds the carried states of the rows processed together, each padded to whole blocks.
 
 
 @_jit
@@ -559,7 +557,7 @@ def _zero(element):
 
 @_overload(_zero)
 def _(element):
-    """Zero in the compute type."""
+    """Returns zero in the compute type."""
     zero = np.float64(0) if element == types.float64 else np.float32(0)
     return lambda element: zero
 
@@ -737,18 +735,18 @@ def _end_carry(element, grad_h0, b, lanes, width, carry, carry_start, blocks):
 
 
 def forward(cell: Cell, inputs, h0, resets, cu_seqlens, reverse, out) -> None:
-    """Fills `out` (B, T, D). Every tensor has its channels contiguous, any other stride, and one dtype."""
+    """Fills `out` (B, T, D) with the states. Tensors share a dtype, with contiguous channels and any other strides."""
     _launch(_forward, cell, (*_three(inputs, inputs[-1]), h0, resets, out), cu_seqlens, reverse)
 
 
 def backward(cell: Cell, inputs, h0, resets, cu_seqlens, reverse, h, grad, grads, grad_h0) -> None:
-    """Fills `grads`, one for each input, and `grad_h0` (B, D) where there is an h0."""
+    """Fills `grads`, one for each input, and `grad_h0` (B, D) if there is an h0."""
     tensors = (*_three(inputs, inputs[-1]), h0, resets, h, grad, *_three(grads, None), grad_h0)
     _launch(_backward, cell, tensors, cu_seqlens, reverse)
 
 
 def _three(tensors, input_gate):
-    """gate, input_gate and candidate; for a cell without an input gate, what the kernel is given instead."""
+    """Returns gate, input_gate and candidate; `input_gate` replaces that of a cell without one."""
     return tensors if len(tensors) == 3 else (tensors[0], input_gate, tensors[1])
 
 
@@ -758,7 +756,7 @@ def _launch(kernel, cell, tensors, cu_seqlens: Tensor | None, reverse: bool) -> 
     compute = np.float64 if like.dtype == torch.float64 else np.float32
     time_outermost = cu_seqlens is None and like.stride(1) > like.stride(0)
     if cu_seqlens is not None:
-        # The first step of each sequence and the one after its last; the kernel walks backwards by strides.
+        # The first step of each sequence and the one after its last; reversal is by negative strides.
         edges = cu_seqlens.numpy()
         bounds = np.stack([edges[:-1], edges[1:]], 1) if not reverse else T - np.stack([edges[1:], edges[:-1]], 1)
         shares = _shares(edges, D)
@@ -785,12 +783,12 @@ def _launch(kernel, cell, tensors, cu_seqlens: Tensor | None, reverse: bool) -> 
 
 
 def in_threads(run, shares: list[tuple]) -> None:
-    """Calls `run(*share)` for every share: the first here, the others each in a thread."""
+    """Calls `run(*share)` for every share: the first in this thread, the others in the process's pool."""
     futures = []
     for share in shares[1:]:
         try:
             futures.append(_threads(os.getpid()).submit(run, *share))
-        except RuntimeError:  # the interpreter is shutting down, and starts no more threads
+        except RuntimeError:  # the interpreter is shutting down and starts no more threads
             run(*share)
     run(*shares[0])
     for future in futures:
@@ -799,14 +797,14 @@ def in_threads(run, shares: list[tuple]) -> None:
 
 @cache
 def _threads(process: int) -> ThreadPoolExecutor:
-    """One pool a process, whose threads start when they are needed; a forked child has none of its parent's."""
+    """Returns the process's pool, which starts threads when needed; a forked child has none of its parent's."""
     return ThreadPoolExecutor(os.cpu_count(), "minrnn")
 
 
 def _shares(edges: np.ndarray, D: int) -> list[tuple[int, int, int, int]]:
-    """(b_start, b_stop, d_start, d_stop) for each thread; channels are divided where the batch does not suffice.
+    """Returns (b_start, b_stop, d_start, d_stop) per thread; channels are divided if the batch is too small.
 
-    `edges` (B + 1,): the sum of the steps of the sequences before each.
+    `edges` (B + 1,) holds the number of steps before each sequence, and the total.
     """
     B, steps = len(edges) - 1, int(edges[-1])
     threads = max(1, min(torch.get_num_threads(), steps * D // MIN_ELEMENTS_PER_THREAD))
@@ -819,9 +817,9 @@ def _shares(edges: np.ndarray, D: int) -> list[tuple[int, int, int, int]]:
 
 
 def _stream(x: Tensor | None, d: int, reverse: bool) -> tuple[int, int, int]:
-    """A (B, T, D) or (B, D) tensor from channel `d` on, or (B, T) resets, as the kernels take it.
+    """Returns the stream of a (B, T, D) or (B, D) tensor from channel `d` on, or of (B, T) resets.
 
-    What has one row of the batch has it for all sequences: packed ones lie end to end in it.
+    A batch of 1 has stride 0, because packed sequences share its row.
     """
     if x is None:
         return 0, 0, 0

@@ -1,4 +1,4 @@
-"""The paper's log-space scan (appendix B.1; the method of Heinsen, arXiv 2311.06281), for comparison only.
+"""The paper's log-space scan (appendix B.1; Heinsen's method, arXiv 2311.06281), for comparison only.
 
 It is less precise than the plain loop (the rounding error grows with T, see docs/benchmarks.md) and is not defined for
 negative values, for a state of zero or for resets. Use it to compare with published code, not to train.
@@ -18,9 +18,9 @@ def scan(
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> Tensor:
-    """States (B, T, D), in the inputs' dtype, computed in it throughout, as published.
+    """Returns states (B, T, D) in the inputs' dtype, in which all is computed, as published.
 
-    Raises ValueError where the logarithm is not defined. h0=None starts without an initial term.
+    Raises ValueError if a logarithm is undefined. h0=None means no initial term.
     """
     if cu_seqlens is not None:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():

@@ -1,8 +1,8 @@
-"""Where results are allocated: in huge pages, where they are large and on a CPU.
+"""Allocation of results, in huge pages if they are large and on a CPU.
 
-glibc returns every freed block above 32 MiB to the system, so that each new one is faulted in again page by
-page, which takes ten times as long as writing it. Asking for huge pages on a library's own results makes the
-faults rare (512 times fewer) and leaves the host's allocator alone.
+glibc returns every freed block above 32 MiB to the system, so each new one is faulted in again page by page, which
+takes ten times as long as writing it. Huge pages for the library's own results make the faults rare (512 times
+fewer) without changing the program's allocator.
 """
 
 import ctypes
@@ -21,10 +21,10 @@ if sys.platform == "linux":
 
 
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor of `like`'s dtype and device."""
+    """Returns an uninitialised contiguous tensor of `like`'s dtype and device."""
     x = like.new_empty(shape)
     if _madvise is not None and x.device.type == "cpu" and x.nbytes >= MIN_BYTES:
         start = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE
         stop = (x.data_ptr() + x.nbytes) // HUGE_PAGE * HUGE_PAGE
-        _madvise(start, stop - start, _MADV_HUGEPAGE)  # advice: a kernel without huge pages may decline it
+        _madvise(start, stop - start, _MADV_HUGEPAGE)  # only advice: a system without huge pages may decline it
     return x

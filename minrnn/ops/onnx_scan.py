@@ -1,4 +1,4 @@
-"""The scan as torch.onnx's exporter takes it: the gates over the whole sequence, then torch's own `scan` operator."""
+"""The scan in a form that torch.onnx can export: gates over the whole sequence, then torch's own `scan` operator."""
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ def scan(
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> Tensor:
-    """States (B, T, D) in the inputs' dtype; bf16 and fp16 accumulate in float32. Becomes the ONNX operator Scan."""
+    """Returns states (B, T, D) in the inputs' dtype (bf16, fp16 accumulate in float32). Exports as ONNX's Scan."""
     if not torch.compiler.is_compiling():
         raise RuntimeError(
             "torch.onnx.export(..., dynamo=False): TorchScript has no operator for this scan; use dynamo=True"
         )
-    from torch._higher_order_ops.scan import scan as loop  # only here: it loads torch's compiler
+    from torch._higher_order_ops.scan import scan as loop  # imported here because it loads torch's compiler
 
     a, b, h = start(cell, inputs, h0, cu_seqlens, reverse, _log_sigmoid)
     if resets is not None:
@@ -35,5 +35,5 @@ def scan(
 
 
 def _log_sigmoid(x: Tensor) -> Tensor:
-    """Finite everywhere, where the exporter writes log(sigmoid(x)). Not for training: its derivative at 0 is 0."""
+    """Returns log(sigmoid(x)), finite everywhere; the exporter's own form is not. Not for training: slope 0 at 0."""
     return -torch.relu(-x) - torch.log1p(torch.exp(-x.abs()))

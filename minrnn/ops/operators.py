@@ -1,6 +1,6 @@
-"""Registration with torch as operators that tracing, compiling, exporting and autograd see as one step.
+"""Registration of operators with torch; tracing, compiling, exporting and autograd see each as one step.
 
-By plain definitions, not by `torch.library.custom_op`, which loads torch's compiler (2 seconds) at the first call.
+It uses plain definitions because `torch.library.custom_op` loads torch's compiler (2 seconds) at the first call.
 """
 
 import importlib
@@ -12,16 +12,16 @@ from types import ModuleType
 
 import torch
 
-LIBRARY = torch.library.Library("minrnn", "DEF")  # definitions live as long as this does
+LIBRARY = torch.library.Library("minrnn", "DEF")  # definitions last as long as this object
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def define(schema: str, kernel: Callable, fake: Callable, function: type[torch.autograd.Function] | None = None):
-    """torch.ops.minrnn.<name>, any device.
+    """Defines torch.ops.minrnn.<name>, for any device.
 
     The schema is written out because what torch infers from annotations differs between its versions. `fake` returns
-    empty results of the right shape and strides; `function` differentiates: its forward calls the operator again with
-    the same arguments, within `below_autograd`.
+    empty results of the right shape and strides. `function` makes the operator differentiable: its forward calls the
+    operator again with the same arguments, within `below_autograd`.
     """
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
@@ -31,7 +31,7 @@ def define(schema: str, kernel: Callable, fake: Callable, function: type[torch.a
 
 
 def is_transformed() -> bool:
-    """Within torch.func's grad, vmap and so on, which want the autograd.Function, not the operator that calls it."""
+    """Whether torch.func's grad, vmap etc. are active: they take the autograd.Function, not its operator."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
@@ -39,12 +39,12 @@ _loading = threading.RLock()
 
 
 def load(module: str) -> ModuleType:
-    """A module of kernels, imported when it is first needed: numba and Triton take a second."""
+    """Returns a module of kernels, imported at its first use because numba and Triton take a second."""
     with _loading:
         return importlib.import_module(f".{module}", __package__)
 
 
-# A fork waits until other threads have imported and compiled: their locks would never be released in the child.
+# A fork waits for other threads' imports and compilations, whose locks would never be released in the child.
 
 
 def _hold() -> None:

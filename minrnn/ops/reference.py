@@ -17,14 +17,14 @@ def scan(
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> Tensor:
-    """States (B, T, D) of the recurrence, in the inputs' dtype. bf16 and fp16 accumulate in float32.
+    """Returns the recurrence's states (B, T, D) in the inputs' dtype. bf16 and fp16 accumulate in float32.
 
     Any device, any float dtype, differentiable any number of times. `reverse` runs from the last step to
     the first. For `cu_seqlens` see `minrnn.ops.scan.scan`.
     """
     dtype = inputs[0].dtype
     a, b, h = start(cell, inputs, h0, cu_seqlens, reverse)
-    # unbind, not a[:, t]: the gradient of an index is a tensor as large as what was indexed
+    # unbind, because the gradient of a[:, t] is a tensor as large as a
     streams = (a, b) if resets is None else (a, b, resets[..., None])
     steps = list(zip(*(x.unbind(1) for x in streams), strict=True))
     states = []
@@ -34,7 +34,7 @@ def scan(
         h = a_t * h + b_t
         states.append(h)
     if not states:
-        return (b + h[:, None]).to(dtype)  # (B, 0, D), yet part of the graph
+        return (b + h[:, None]).to(dtype)  # (B, 0, D), and part of the graph
     if reverse:
         states.reverse()
     return torch.stack(states, 1).to(dtype)
@@ -48,9 +48,9 @@ def start(
     reverse: bool,
     log_sigmoid: Callable[[Tensor], Tensor] = F.logsigmoid,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b (B, T, D) and the state before the first step (B, D), in the type of accumulation.
+    """Returns a, b (B, T, D) and the state before the first step (B, D), in the dtype of accumulation.
 
-    Where sequences lie end to end, a = 0 and b = a h0 + b at the first step of each stand for its own beginning.
+    If sequences are packed end to end, the first step of each has a = 0 and b = a h0 + b, so that it starts anew.
     """
     compute = torch.promote_types(inputs[0].dtype, torch.float32)
     a, b = coefficients(cell, tuple(x.to(compute) for x in inputs), log_sigmoid)

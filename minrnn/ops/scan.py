@@ -23,19 +23,19 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def linear_scan(
     a: Tensor, b: Tensor, h0: Tensor | None = None, *, resets: Tensor | None = None, backend: Backend = "auto"
 ) -> Tensor:
-    """h_t = a_t h_{t-1} + b_t over the second dimension, for every batch and channel by itself.
+    """Returns the states h_t = a_t h_{t-1} + b_t along the second dimension, for each sequence and channel.
 
     Args:
         a: (B, T, D) coefficients, any sign; float64, float32, float16 or bfloat16.
         b: (B, T, D) inputs, a's dtype and device.
         h0: (B, D) state before the first step, any sign, same dtype; None means zeros.
-        resets: (B, T) bool; where it is true the state entering that step is zero (h0 does not reach it).
+        resets: (B, T) bool; where true, the state entering that step is zero (at the first step h0 is dropped).
         backend: "auto", "reference", "log", "cpu" or "triton" (see `available_backends`).
 
     Returns:
         (B, T, D) states in the inputs' dtype; the last state is `h[:, -1]`. Compiled backends accumulate in
-        float32 (float64 for float64), and their memory order follows the first input's: time outermost where
-        it has rows in that order. Differentiable in a, b and h0, any number of times, by reverse mode; for
+        float32 (float64 for float64). Their memory order follows the first input's: time is outermost if it
+        is so there. Differentiable in a, b and h0, any number of times, by reverse mode; for
         forward mode use backend="reference".
 
     Raises:
@@ -55,16 +55,16 @@ def mingru_scan(
     resets: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """minGRU: h_t = (1 - z_t) h_{t-1} + z_t c_t with z = sigmoid(gate), c = activation(candidate).
+    """Returns minGRU's states h_t = (1 - z_t) h_{t-1} + z_t c_t; z = sigmoid(gate), c = activation(candidate).
 
     arXiv 2410.01201, section 3.1 (activation="identity") and appendix B (activation="g"). With signed=True
-    h_t = s_t h_{t-1} + (1 - |s_t|) c_t, s = 1 - 2 z: coefficients in (-1, 1), which a state needs to count modulo 2
+    h_t = s_t h_{t-1} + (1 - |s_t|) c_t, s = 1 - 2 z: coefficients in (-1, 1), which let a state count modulo 2
     (arXiv 2411.12537).
 
     Args:
         gate, candidate: (B, T, D) pre-activations. Two halves of one (B, T, 2D) projection are read in place.
         activation: "g" (x + 0.5 for x >= 0, else sigmoid(x)) or "identity".
-        signed: whether the state's coefficient may be negative; backend="log" has no such form.
+        signed: whether the state's coefficient may be negative; not with backend="log".
 
     h0, resets, backend, the result and the errors are those of `linear_scan`.
     """
@@ -83,11 +83,11 @@ def minlstm_scan(
     resets: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """minLSTM: h_t = f_t h_{t-1} + i_t c_t with c = activation(candidate).
+    """Returns minLSTM's states h_t = f_t h_{t-1} + i_t c_t with c = activation(candidate).
 
     With f, i the sigmoids of the gates, normalize=True divides both by f + i (arXiv 2410.01201, section 3.2);
     normalize=False leaves them independent, as the authors' public code does by default. With signed=True
-    h_t = s_t h_{t-1} + (1 - |s_t|) c_t, s = f - i, or with normalize=False h_t = (2 f_t - 1) h_{t-1} + i_t c_t.
+    h_t = s_t h_{t-1} + (1 - |s_t|) c_t, s = f - i; with normalize=False as well h_t = (2 f_t - 1) h_{t-1} + i_t c_t.
 
     Args:
         forget_gate, input_gate, candidate: (B, T, D) pre-activations.
@@ -100,7 +100,7 @@ def minlstm_scan(
 
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """The backends that can run on tensors of this device, here and now."""
+    """Returns the backends that can run on tensors of this device in this process."""
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         return ()
@@ -108,9 +108,9 @@ def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend's name; "auto" is "cpu" on a CPU, "triton" on a CUDA device, "reference" elsewhere.
+    """Returns the backend's name; "auto" is "cpu" on a CPU, "triton" on a CUDA device, "reference" elsewhere.
 
-    Raises ValueError where the choice cannot run, with the reason; nothing else is chosen in its place.
+    Raises ValueError with the reason if the choice cannot run; there is no fallback.
     """
     if backend == "auto":
         backend = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
@@ -138,7 +138,7 @@ def _unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
 
 
 def is_autocast_enabled(device: torch.device) -> bool:
-    """False, not an error, on the meta device, which has no autocast."""
+    """Whether autocast is on; False, not an error, on the meta device, which has no autocast."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
@@ -146,7 +146,7 @@ def is_onnx_exporting() -> bool:
     return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
-# As torch.compiler.assume_constant_result does, which would load the compiler. Dynamo takes is_in_onnx_export as False.
+# torch.compiler.assume_constant_result does this too, but loads the compiler. Dynamo takes is_in_onnx_export as False.
 is_onnx_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -165,7 +165,7 @@ def _checked_scan(
     if first.dim() != 3:
         raise ValueError(f"{first_name}: expected shape (B, T, D), got {tuple(first.shape)}")
     B, T, D = first.shape
-    if is_autocast_enabled(first.device):  # as torch's own ops that mix dtypes do: the widest wins
+    if is_autocast_enabled(first.device):  # the widest dtype wins, as in torch's own ops that mix dtypes
         dtype = first.dtype
         for x in floats.values():
             dtype = torch.promote_types(dtype, x.dtype)
@@ -200,13 +200,13 @@ def scan(
     backend: str = "auto",
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Any cell, without the argument checks.
+    """Returns the states (B, T, D) of any cell, without checking the arguments.
 
-    `inputs` is what the cell takes, or one tensor (B, T, n D) that holds all n side by side, as a fused
-    projection gives them: its gradient then comes back as one tensor too, without a copy. `reverse` runs from
-    the last step to the first: h0 stands after the last step, a reset clears what enters its step from there.
-    `cu_seqlens`, int64 (S + 1,) on the CPU, is where S sequences begin that lie end to end in inputs of B = 1, and
-    where the last ends; h0 is (S, D) then. Each has a step at least.
+    `inputs` are the cell's, or one tensor (B, T, n D) that holds all n side by side, as a fused projection does:
+    its gradient is then one tensor too, without a copy. `reverse` runs from the last step to the first: h0 is the
+    state after the last step, and a reset clears the state that enters its step from there. `cu_seqlens`, int64
+    (S + 1,) on the CPU, packs S sequences end to end into inputs of B = 1: it holds the start of each and the end of
+    the last. h0 is then (S, D), and each sequence has at least one step.
     """
     backend = resolve(backend, inputs[0].device, inputs[0].dtype)
     if backend in ("cpu", "triton") and not torch.compiler.is_compiling():
@@ -239,7 +239,7 @@ def _kernels(backend: str) -> ModuleType:
 
 
 def _empty_like(x: Tensor, D: int, new=empty) -> Tensor:
-    """(B, T, D), D contiguous; time outermost where `x` has rows in that order."""
+    """Returns an empty (B, T, D) with D contiguous, and time outermost if it is so in `x`."""
     B, T, width = x.shape
     rows = width == 1 or x.stride(2) == 1
     if B > 1 and T > 1 and rows and 0 < x.stride(0) < x.stride(1):
@@ -257,7 +257,7 @@ def _empty_states(cell: Cell, inputs: tuple[Tensor, ...], new=empty) -> Tensor:
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
-    """The tensor as the kernels read it: any layout with D contiguous. Copies only where it is not."""
+    """Returns x with D contiguous, as the kernels read it, in any layout otherwise. Copies only if D is not."""
     if x is None or x.shape[-1] == 1 or x.stride(-1) == 1:
         return x
     return x.contiguous()
@@ -277,9 +277,9 @@ def _scan_fake(cell, x0, x1, x2, h0, resets, cu_seqlens, reverse, backend):
 
 
 def _empty_gradients(x0, x1, x2, h0, new):
-    """Of x0, x1, x2 and h0, without elements for those that are None.
+    """Returns empty gradients of x0, x1, x2 and h0, without elements for those that are None.
 
-    Their number is fixed, because torch has no batched gradients (is_grads_batched) of an operator that returns a list.
+    Their number is fixed because torch cannot batch gradients (is_grads_batched) of an operator that returns a list.
     """
     absent = new((0,), x0)
     inputs = (absent if x is None else _empty_like(x, x.shape[2], new) for x in (x0, x1, x2))
@@ -326,7 +326,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, cell, x0, x1, x2, h0, resets, cu_seqlens, reverse, backend):
-        """More examples are more sequences of a batch; packed ones are scanned one example after the other."""
+        """Folds examples into the batch; packed examples are scanned one after the other."""
         V = info.batch_size
 
         def examples(x, dim):
@@ -354,11 +354,11 @@ define(
 
 
 def _composite_backward(cell, x0, x1, x2, h0, resets, cu_seqlens, reverse, backend, h, grad):
-    """The gradients of x0, x1, x2 and h0 as a graph of differentiable operations, itself built on the linear scan.
+    """Returns the gradients of x0, x1, x2 and h0 from differentiable operations, among them the linear scan.
 
-    With s_t the gradient that reaches state t, s_t = grad_t + a_{t+1} s_{t+1}: a scan in the other direction.
+    The gradient s_t that reaches state t is s_t = grad_t + a_{t+1} s_{t+1}, a scan in the other direction.
     """
-    # Views, so that a path from one input to another is not counted here and by the outer graph again.
+    # Views, so that a path from one input to another is not counted both here and in the outer graph.
     inputs = tuple(x.view_as(x) for x in _present(x0, x1, x2))
     compute = torch.promote_types(h.dtype, torch.float32)
     a, b = coefficients(cell, tuple(x.to(compute) for x in _separate(cell, inputs)))
@@ -390,5 +390,5 @@ def _composite_backward(cell, x0, x1, x2, h0, resets, cu_seqlens, reverse, backe
 
 
 def _shift(x: Tensor, back: bool) -> Tensor:
-    """Every step's neighbour: the one before it, or after it where `back`; zeros beyond the ends."""
+    """Returns each step's predecessor, or its successor if `back`; zeros beyond the ends."""
     return F.pad(x, (0, 0, 0, 1))[:, 1:] if back else F.pad(x, (0, 0, 1, 0))[:, :-1]

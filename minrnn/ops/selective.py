@@ -17,14 +17,14 @@ BACKENDS = ("reference", "cpu", "triton")
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None = None, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t and y_t = sum over n of C_t[n] h_t[n], for every channel by itself.
+    """Returns y_t = sum over n of C_t[n] h_t[n], h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t per channel, and the last h.
 
-    arXiv 2312.00752, section 3.2, algorithm 2; without its softplus of dt and D u. A state has N numbers a channel and
-    is never written out for all steps: of B T D N numbers, the compiled backends keep those of every few steps for the
-    backward pass, which recomputes the others.
+    arXiv 2312.00752, section 3.2, algorithm 2, without its softplus of dt and its term D u. A state has N numbers per
+    channel and is never stored for all steps: the compiled backends keep the states of every few steps for the backward
+    pass, which recomputes the others.
 
     Args:
-        u, dt: (B, T, D); float64 or float32. Under autocast narrower ones are widened to float32, as `torch.exp` does.
+        u, dt: (B, T, D); float64 or float32. Autocast widens narrower ones to float32, as for `torch.exp`.
         A: (D, N), the same for all steps.
         B, C: (B, T, N), the same for all channels.
         h0: (B, D, N), the state before the first step; None means zeros.
@@ -32,7 +32,7 @@ def selective_scan(
 
     Returns:
         y (B, T, D) and the last state (B, D, N), in the inputs' dtype. Both are differentiable in all inputs, by
-        reverse mode; a second time by the plain loop. For forward mode use backend="reference".
+        reverse mode; higher derivatives use the plain loop. For forward mode use backend="reference".
 
     Raises:
         TypeError: an argument is not a tensor of the expected dtype.
@@ -80,10 +80,10 @@ def selective_scan(
 def _reference(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The plain time loop, differentiable any number of times."""
-    h = u.new_zeros(u.shape[0], *A.shape) if h0 is None else h0.clone()  # a result, so not an argument
+    """Returns y and the last state from the plain time loop, differentiable any number of times."""
+    h = u.new_zeros(u.shape[0], *A.shape) if h0 is None else h0.clone()  # a result must not be an argument itself
     y = []
-    # unbind, not u[:, t]: the gradient of an index is a tensor as large as what was indexed
+    # unbind, because the gradient of u[:, t] is a tensor as large as u
     for u_t, dt_t, B_t, C_t in zip(*(x.unbind(1) for x in (u, dt, B, C)), strict=True):
         h = torch.exp(dt_t[..., None] * A) * h + (dt_t * u_t)[..., None] * B_t[:, None]
         y.append((h @ C_t[..., None]).squeeze(-1))
@@ -94,16 +94,16 @@ def _kernels(backend: str) -> ModuleType:
     return load("selective_cpu" if backend == "cpu" else "selective_triton")
 
 
-# Every how many steps a state is saved. On a CPU the states of so many steps, and their exponentials, stay in the
-# second cache for 16 channels; on a GPU they stay in registers.
+# A state is saved every so many steps. On a CPU the states of these steps and their exponentials fit into the L2 cache
+# for 16 channels; on a GPU they fit into registers.
 STEPS = {"cpu": 64, "triton": 8}
 
 
 def _empty_results(u, A, backend, new):
-    """y, the last state, and the states that enter each stretch of STEPS: (B, stretches, N, D), flat.
+    """Returns empty y, last state, and states entering each stretch of STEPS: (B, stretches, N, D), flat.
 
-    The kernels work on neighbouring channels side by side, so they lie side by side in states. Flat, because
-    torch.export holds a dimension that may be 1 to be the number it finds.
+    Channels are contiguous in states, as the kernels work on neighbouring ones together. The saved states are flat
+    because torch.export would fix the size of a dimension that may be 1.
     """
     (batch, T, D), N = u.shape, A.shape[1]
     stretches = (T + STEPS[backend] - 1) // STEPS[backend]
@@ -111,7 +111,7 @@ def _empty_results(u, A, backend, new):
 
 
 def _scan(u, dt, A, B, C, h0, backend):
-    """y, the last state and the saved states, which have no gradient."""
+    """Returns y, the last state and the saved states, which have no gradient."""
     y, last, saved = _empty_results(u, A, backend, empty)
     if y.numel() and A.numel():
         inputs = (_rows(u), _rows(dt), A, _rows(B), _rows(C), h0)
@@ -127,7 +127,7 @@ def _scan_fake(u, dt, A, B, C, h0, backend):
 
 
 def _empty_gradients(u, dt, A, B, C, has_h0, new):
-    """Of u, dt, A, B, C and h0, the last without elements where there is none."""
+    """Returns empty gradients of u, dt, A, B, C and h0, the last without elements if there is no h0."""
     N = A.shape[1]
     grads = _empty_like(u, u.shape[2], new), _empty_like(dt, u.shape[2], new), new(A.shape, A)
     grad_h0 = new((u.shape[0], N, u.shape[2]), u).mT if has_h0 else new((0,), u)
@@ -135,7 +135,7 @@ def _empty_gradients(u, dt, A, B, C, has_h0, new):
 
 
 def _scan_backward(grad, grad_last, saved, u, dt, A, B, C, has_h0, backend):
-    """The gradients; those given may be absent."""
+    """Returns the gradients of the inputs; either of the given gradients may be None."""
     grads = _empty_gradients(u, dt, A, B, C, has_h0, empty)
     if u.numel() and A.numel():
         inputs = (_rows(u), _rows(dt), A, _rows(B), _rows(C))
@@ -196,8 +196,8 @@ define(
 
 
 def _composite_backward(inputs, grad, grad_last):
-    """The gradients as a graph of differentiable operations: those of the plain loop."""
-    # Views, so that a path from one input to another is not counted here and by the outer graph again.
+    """Returns the gradients from differentiable operations, those of the plain loop."""
+    # Views, so that a path from one input to another is not counted both here and in the outer graph.
     inputs = [None if x is None else x.view_as(x) for x in inputs]
     outputs = [(x, g) for x, g in zip(_reference(*inputs), (grad, grad_last), strict=True) if g is not None]
     outputs = [(x, g) for x, g in outputs if x.requires_grad]

@@ -1,17 +1,18 @@
 """The selective scan on a CPU, compiled with numba, forward and backward.
 
-What decides the speed is arithmetic: B T D N exponentials forward and again backward. So the state is the only thing
-that is kept, in the nearest cache, and the exponential is the polynomial of `cpu`, which the compiler vectorises.
+Arithmetic limits the speed: B T D N exponentials forward and again backward. So only the state is kept, in the L1
+cache, and the exponential is the polynomial of `cpu`, which the compiler vectorises.
 
-A kernel takes one sequence and a block of 16 channels, whose N states lie as N rows of 16 numbers: the sum over N that
-makes y, and those of the backward pass, then need no step across a vector's lanes. Rows of u, dt and the gradient are
-copied into blocks padded with zeros, which neither move a state nor add to a sum. The forward pass saves the state
-every `steps` steps. From there the backward pass recomputes a stretch's states, keeps them and the exponentials in
-scratch of the second cache's size, and goes back through them. The gradients of B and C, sums over channels, are
-added up lane by lane over the blocks, and across lanes once a stretch.
+A kernel takes one sequence and a block of 16 channels, whose N states are stored as N rows of 16 numbers: the sum over
+N for y, and those of the backward pass, then do not cross a vector's lanes. Rows of u, dt and the gradient are copied
+into blocks padded with zeros, which neither change a state nor add to a sum. The forward pass saves the state every
+`steps` steps. From there the backward pass recomputes a stretch's states, keeps them and the exponentials in scratch
+memory of the L2 cache's size, and goes back through them. The gradients of B and C, sums over channels, are added up
+lane by lane over the blocks, and across lanes once per stretch.
 
-Work is divided into items by the shapes alone: a sequence, or a group of its blocks where there are few. Each item has
-its own share of every sum, and shares are added in order, so that results do not depend on the number of threads.
+Work is divided into items by the shapes alone: a sequence, or a group of its blocks if there are few sequences. Each
+item has its own share of every sum, and shares are added in order, so that results do not depend on the number of
+threads.
 """
 
 from itertools import pairwise
@@ -26,14 +27,14 @@ from torch import Tensor
 from .cpu import _ELEMENT_TAGS, _at, _bounded_exp, _cached_jit, _jit, _like, _overload, _zero, in_threads
 
 LANES = 16
-# Below this many states (times steps) a further thread costs more than it saves.
+# Below this many states (times steps) per thread another thread costs more than it saves.
 MIN_STATES_PER_THREAD = 1 << 17
-# A sequence is divided where there are fewer of them than ITEMS, into groups of this many blocks or more.
+# With fewer sequences than ITEMS each is divided into groups of at least MIN_GROUP blocks.
 ITEMS = 64
 MIN_GROUP = 4
 CACHE_LINE = 64
 
-# Regions of memory. None overlaps another, and each is always reached under its own number.
+# Regions of memory. None overlaps another, and each is always accessed by its own number.
 INPUT, ROW, STATE, PREVIOUS, DECAY, SUM, ROW_SUM, ROW_SUM_2, GRAD_A, OUTPUT = range(10)
 
 
@@ -80,13 +81,13 @@ def _(element):
 
 
 # --- rows --------------------------------------------------------------------------------------------------
-# A stream is (address of its first element, stride over the batch, stride over time), in bytes, its rows
-# contiguous; one of states has a third stride, over N. The address 0 stands for zeros.
+# A stream is (address of its first element, stride over the batch, stride over time), in bytes; its rows are
+# contiguous. A stream of states has a third stride, over N. The address 0 means zeros.
 
 
 @_jit
 def _exp(x):
-    """exp(x): 0 or infinite where it leaves the range of normal numbers; NaN stays NaN."""
+    """Returns exp(x), which is 0 or infinite outside the range of normal numbers; NaN stays NaN."""
     low, high = _like(x, -88.0), _like(x, 89.0)
     if _size(x) == 8:
         low, high = _like(x, -709.0), _like(x, 710.0)
@@ -149,7 +150,7 @@ def _write_states(element, states, b, d, source, N, width):
 
 @_jit
 def _saved_at(saved, b, stretch, n, stretches, N, D, d, size):
-    """Row n, from channel d on, of the state that enters a stretch."""
+    """Returns the address of row n, from channel d on, of the state that enters a stretch."""
     return saved + (((b * stretches + stretch) * N + n) * D + d) * size
 
 
@@ -182,7 +183,7 @@ def _forward(element, u, dt, A, B, C, h0, y, last, saved, T, D, N, steps, groups
         for block in range(first_block, stop_block):
             h = carry + (block - first_block) * block_size
             _read_states(element, h0, b, block * LANES, h, N, min(LANES, D - block * LANES))
-        for stretch in range(stretches):  # all blocks of a stretch, as its rows are near each other
+        for stretch in range(stretches):  # all blocks of one stretch together, as its rows are close in memory
             for block in range(first_block, stop_block):
                 d = block * LANES
                 width = min(LANES, D - d)
@@ -208,7 +209,7 @@ def _forward(element, u, dt, A, B, C, h0, y, last, saved, T, D, N, steps, groups
 
 @_jit
 def _recompute_step(element, dt, x, grad, A, B, h, previous, decay, dC, N):
-    """One step as forward, which keeps the state before it and the exponential; and the lanes of dC."""
+    """Repeats a forward step, stores the state before it and the exponential, and adds to the lanes of dC."""
     for n in range(N):
         b = _load(INPUT, element, B, n)
         for k in range(LANES):
@@ -224,7 +225,7 @@ def _recompute_step(element, dt, x, grad, A, B, h, previous, decay, dC, N):
 
 @_jit
 def _backward_step(element, dt, x, grad, A, B, C, s, previous, decay, dB, dA, dx, ddt, N):
-    """s: the gradient that reaches the state from later steps. dx and ddt: of dt u, and of dt where it decays."""
+    """Goes back one step: s is the state's gradient from later steps, dx that of dt u, ddt that of dt in exp(dt A)."""
     _clear(element, ROW_SUM, dx, LANES)
     _clear(element, ROW_SUM_2, ddt, LANES)
     for n in range(N):
@@ -245,7 +246,7 @@ def _backward_step(element, dt, x, grad, A, B, C, s, previous, decay, dB, dA, dx
 
 @_jit
 def _input_gradients(element, dt, u, dx, ddt):
-    """In place: dx becomes the gradient of u, ddt that of dt."""
+    """Turns dx into the gradient of u and ddt into that of dt, in place."""
     for k in range(LANES):
         g = _load(ROW_SUM, element, dx, k)
         _store(ROW_SUM, element, dx, k, g * _load(ROW, element, dt, k))
@@ -254,7 +255,7 @@ def _input_gradients(element, dt, u, dx, ddt):
 
 @njit(forceinline=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})
 def _write_sums(element, sums, target, N):
-    """Across the lanes, in an order that the compiler chooses."""
+    """Writes sums over the lanes, added in an order that the compiler chooses."""
     for n in range(N):
         total = _zero(element)
         for k in range(LANES):
@@ -343,7 +344,7 @@ def forward(u, dt, A, B, C, h0, y, last, saved, steps: int) -> None:
 
 
 def backward(u, dt, A, B, C, saved, grad, grad_last, du, ddt, dA, dB, dC, grad_h0, steps: int) -> None:
-    """Fills the gradients `du` to `grad_h0` from those of y and of the last state, of which None means zeros."""
+    """Fills the gradients `du` to `grad_h0` from those of y and of the last state; None there means zeros."""
     (batch, T, D), N = u.shape, A.shape[1]
     groups = _groups(batch, D)
     blocked = _blocked(A)
@@ -358,7 +359,7 @@ def backward(u, dt, A, B, C, saved, grad, grad_last, du, ddt, dA, dB, dC, grad_h
         ),
         steps, lambda blocks: 2 + (1 + blocks) * N + 4 * steps * (1 + N),
     )  # fmt: skip
-    # numpy adds up one after the other; torch's order depends on the number of threads
+    # numpy adds in a fixed order; torch's order depends on the number of threads
     dA_sum = torch.from_numpy(dA_of_each.numpy().sum(0))
     dA.copy_(dA_sum.transpose(1, 2).reshape(-1, N)[:D])
     if groups > 1:
@@ -367,7 +368,7 @@ def backward(u, dt, A, B, C, saved, grad, grad_last, du, ddt, dA, dB, dC, grad_h
 
 
 def _launch(kernel, like: Tensor, N: int, arguments: tuple, steps: int, scratch_rows) -> None:
-    """`scratch_rows`: how many rows of LANES a thread works on, for the blocks of a group."""
+    """Runs a kernel in threads; `scratch_rows` maps a group's blocks to a thread's scratch rows of LANES numbers."""
     batch, T, D = like.shape
     groups = _groups(batch, D)
     items = batch * groups
@@ -388,12 +389,12 @@ def _count_blocks(D: int) -> int:
 
 
 def _groups(batch: int, D: int) -> int:
-    """How many items a sequence makes."""
+    """Returns the number of items per sequence."""
     return max(1, min(_count_blocks(D) // MIN_GROUP, -(-ITEMS // batch)))
 
 
 def _blocked(A: Tensor) -> Tensor:
-    """(blocks, N, LANES) of (D, N), with zeros where D ends within a block."""
+    """Returns A (D, N) as (blocks, N, LANES), with zeros where D ends within a block."""
     D, N = A.shape
     padded = A.new_zeros(_count_blocks(D) * LANES, N)
     padded[:D] = A

@@ -1,15 +1,14 @@
 """The selective scan on NVIDIA GPUs, in Triton.
 
-A program walks one sequence and BLOCK_D channels with all their N states through time, a tile of some steps at a time.
-A lane owns a channel, warps share the N states, and a tile's time axis lies in each thread's registers: the scan along
-it is a plain loop there, the same one in the same order as the reference's. Only the sums, over N for y and over
-channels for the gradients of B and C, cross threads, once a tile. Forward, the next tile is loaded before the current
-one is computed.
+A program processes one sequence and BLOCK_D channels with all their N states, one tile of several steps at a time. A
+lane owns a channel, warps share the N states, and each thread keeps a tile's time axis in its registers: the scan along
+it is a plain loop in the reference's order. Only sums cross threads, once per tile: over N for y, and over channels for
+the gradients of B and C. The forward pass loads the next tile before it computes the current one.
 
-The forward pass saves the state that enters each tile, 4 N / STEPS bytes a channel and step in float32, which for
-N = 16 is twice what u takes; the backward pass recomputes a tile's states from it in registers and holds no more.
+The forward pass saves the state that enters each tile, 4 N / STEPS bytes per channel and step in float32, which for
+N = 16 is twice the size of u; the backward pass recomputes a tile's states from it in registers and stores no others.
 
-Sums that cross programs are written as one share each and added up by torch in an order that does not change.
+For sums across programs, each program writes its share, and torch adds the shares up in a fixed order.
 """
 
 import torch
@@ -21,7 +20,7 @@ from .triton_scan import _generic_jit
 
 BLOCK_D = 32
 MAX_STATES = 1024
-# Numbers of a tile that a thread holds: of each of several tiles, more in the backward pass.
+# How many elements of a tile a thread holds. It holds several tiles, and more of them in the backward pass.
 FORWARD_PER_THREAD = 32
 BACKWARD_PER_THREAD = 16
 DOUBLE_PER_THREAD = 16
@@ -29,13 +28,13 @@ DOUBLE_PER_THREAD = 16
 
 @triton.jit
 def _exp(x):
-    """In base 2, where the hardware needs one instruction."""
+    """Returns exp(x), in base 2 because the hardware needs one instruction for that."""
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def _row(x, rows, i):
-    """(1, BLOCK_N, BLOCK_D): step i of a tile. Integers, as adding 0 to one costs nothing: no instruction is left."""
+    """Returns step i of a tile, (1, BLOCK_N, BLOCK_D). Adding 0 to integers, unlike floats, compiles to nothing."""
     bits: tl.constexpr = tl.int64 if x.dtype == tl.float64 else tl.int32
     picked = tl.where(rows == i, x.to(bits, bitcast=True), 0)
     return tl.sum(picked, axis=0, keep_dims=True).to(bits).to(x.dtype, bitcast=True)
@@ -43,7 +42,7 @@ def _row(x, rows, i):
 
 @triton.jit
 def _entering(a, x, h, rows, STEPS: tl.constexpr, BACKWARD: tl.constexpr):
-    """What h -> a h + x holds before each step of a tile, and after all of them; h enters the first (or last) one."""
+    """Returns the states of h -> a h + x before each step of a tile, and after all; h enters the first (or last)."""
     before = tl.zeros_like(a)
     for k in tl.static_range(STEPS):
         i = STEPS - 1 - k if BACKWARD else k
@@ -54,7 +53,7 @@ def _entering(a, x, h, rows, STEPS: tl.constexpr, BACKWARD: tl.constexpr):
 
 @triton.jit
 def _load_tile(x, t, steps, stride, width, stop, T, ACC: tl.constexpr):
-    """(steps, width) from step t on; zeros outside."""
+    """Returns (steps, width) from step t on, with zeros outside."""
     mask = ((t + steps)[:, None] < T) & (width < stop)[None, :]
     return tl.load(x + t * stride + steps[:, None] * stride + width[None, :], mask=mask, other=0).to(ACC)
 
@@ -124,7 +123,7 @@ def _backward_kernel(
     ddt_t: tl.int64,
     STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dA has a share for each sequence, (B, N, D); dB and dC one for each block of channels, (B, blocks, T, N)."""
+    """Writes dA as a share per sequence, (B, N, D), and dB and dC per block of channels, (B, blocks, T, N)."""
     blocks = tl.cdiv(D, BLOCK_D)
     b = tl.program_id(0) // blocks
     d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
@@ -166,7 +165,7 @@ def _backward_kernel(
         states = a * before + x
         _store_tile(dC + share, t, steps, N, n, N, T, tl.sum(states * grad_tile[:, None, :], axis=2))
         reached = grad_tile[:, None, :] * C_tile[:, :, None]
-        # what a later step passes back, c_t = a_t (c_{t+1} + reached_t)
+        # the gradient that later steps pass back, c_t = a_t (c_{t+1} + reached_t)
         later, carry = _entering(a, a * reached, carry, rows, STEPS, True)
         total = reached + later
         onward = a * total
@@ -194,7 +193,7 @@ def forward(u, dt, A, B, C, h0, y, last, saved, steps: int) -> None:
 
 
 def backward(u, dt, A, B, C, saved, grad, grad_last, du, ddt, dA, dB, dC, grad_h0, steps: int) -> None:
-    """Fills the gradients `du` to `grad_h0` from those of y and of the last state, of which None means zeros.
+    """Fills the gradients `du` to `grad_h0` from those of y and of the last state; None there means zeros.
 
     Channels are contiguous in `grad_h0`, as in `last`.
     """
@@ -213,7 +212,7 @@ def backward(u, dt, A, B, C, saved, grad, grad_last, du, ddt, dA, dB, dC, grad_h
 
 
 def _channels_last(states: Tensor | None) -> Tensor | None:
-    """(..., N, D) of (..., D, N)."""
+    """Returns states (..., D, N) as (..., N, D) with contiguous channels."""
     return None if states is None else states.mT.contiguous()
 
 
@@ -226,7 +225,7 @@ def _views(**tensors: Tensor | None) -> dict:
 
 
 def _block_d(N: int) -> int:
-    """Fewer channels where the states of 32 would need too many warps."""
+    """Returns the channels per program, fewer than 32 if their states would need too many warps."""
     return max(1, min(BLOCK_D, MAX_STATES // triton.next_power_of_2(N)))
 
 

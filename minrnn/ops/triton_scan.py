@@ -1,29 +1,29 @@
 """The scans on NVIDIA GPUs, in Triton.
 
-A program walks one batch row and 32 channels through time (or through one chunk of it), a tile of some steps at a
+A program processes one batch row and 32 channels over time (or over one chunk of it), one tile of several steps at a
 time. A warp's lane owns a channel and holds the tile's whole time axis in its registers, so `tl.associative_scan`
 along time is a plain loop inside each thread: no shared memory, no shuffles, and the same additions and
 multiplications in the same order as the reference's. The state that enters a tile is folded into its first row
-instead of being multiplied by a product of a's, so infinities and NaN travel exactly as they do in the loop. The
-next tile is loaded before the current one is computed, which keeps memory busy with one warp per program.
+instead of being multiplied by a product of a's, so infinities and NaN propagate exactly as in the loop. The next
+tile is loaded before the current one is computed, which keeps memory busy with one warp per program.
 
-Nothing is saved for the backward pass but the states: it recomputes the gates from the inputs. Its recurrence,
-s_t = grad_t + a_{t+1} s_{t+1}, runs against time; every kernel here walks upwards, and the host turns a direction
-around by starting at the last step with negated time strides.
+Only the states are saved for the backward pass, which recomputes the gates from the inputs. Its recurrence,
+s_t = grad_t + a_{t+1} s_{t+1}, runs against time. Every kernel here counts steps upwards; for the other direction the
+host starts it at the last step with negated time strides.
 
-Where there are too few channels to fill the GPU and T is long, time is split into chunks in three launches: each
-chunk's product of a's and its end from a zero state; a scan of those over the chunks, which gives the state that
-enters each; then the walk from these. A product cannot tell what the loop does with infinities or NaN, so wherever
-the scan over chunks is not finite, it walks the chunk instead (slow, and only then).
+If there are too few channels to fill the GPU and T is long, time is split into chunks in three launches: the first
+gives each chunk's product of a's and its end from a zero state; the second scans those over the chunks, which gives
+the state that enters each; the third computes the states from these. A product does not show what the loop does with
+infinities or NaN, so where its result is not finite, the second launch computes the chunk step by step (slowly).
 
 Bytes moved per element of a minGRU in float32 (half of it in bfloat16 and float16):
 
-               walk                              split adds            together
+               one pass                          split adds            together
     forward    read 2 inputs, write h: 12        read 2 inputs: 8      20
     backward   read 2 inputs, h, grad and        read gate, grad: 8    32
                write 2 gradients: 24
 
-12 and 24 are the least possible without saving or fusing more, so both kernels are bound by memory.
+12 and 24 are the least possible without saving or fusing more, so both kernels are memory-bound.
 
 Every offset is 64-bit and B, T, D and all strides are plain run-time numbers, so one binary serves all layouts.
 This also keeps the compiler from vectorising the loads: several channels per lane would need more registers, and
@@ -41,15 +41,15 @@ from .cells import Cell
 
 BLOCK_D = 32  # a lane per channel, one warp per program
 LAUNCH = {"BLOCK_D": BLOCK_D, "num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
-# Steps per tile, powers of two: the more, the more bytes are on their way at a time. At these no kernel spills
-# registers on sm_75, 80 and 90, and those of a minGRU leave room for 12 warps or more per SM. The backward pass keeps
-# more streams at hand; resets, and there a second gate, leave room for fewer steps.
+# Steps per tile, powers of two: more steps keep more bytes in flight. With these no kernel spills registers on sm_75,
+# 80 and 90, and those of a minGRU leave room for 12 warps or more per SM. The backward pass reads more tensors; resets,
+# and in that pass a second gate, leave room for fewer steps.
 FORWARD_STEPS = 16
 NARROW_FORWARD_STEPS = 8
 BACKWARD_STEPS = 8
 NARROW_BACKWARD_STEPS = 4
 CARRY_CHUNKS = 16
-# Time is split where there are fewer warps than MIN_WARPS_PER_SM, into as many as make WARPS_PER_SM.
+# With fewer warps per SM than MIN_WARPS_PER_SM, time is split so that there are WARPS_PER_SM.
 MIN_WARPS_PER_SM = 2
 WARPS_PER_SM = 16
 MIN_SPLIT_STEPS = 1024
@@ -57,10 +57,10 @@ MIN_CHUNK_STEPS = 128
 
 
 def _generic_jit(kernel):
-    """Compiles no argument's value or alignment in: one binary serves all layouts.
+    """Compiles a kernel without specialising on arguments' values or alignment: one binary serves all layouts.
 
-    It also keeps loads at one element per lane. Wider ones would share a tile's rows among lanes, and the scan
-    would need shuffles.
+    This also keeps loads at one element per lane. Wider ones would divide a tile's rows among lanes, and the scan would
+    need shuffles.
     """
     parameters = inspect.signature(kernel).parameters.values()
     return triton.jit(do_not_specialize=[p.name for p in parameters if p.annotation is not tl.constexpr])(kernel)
@@ -68,13 +68,13 @@ def _generic_jit(kernel):
 
 @triton.jit
 def _decay(x):
-    """exp(-|x|). In base 2, where the hardware needs one instruction and Triton adds none for subnormals."""
+    """Returns exp(-|x|), in base 2: one instruction in hardware, and Triton adds none for subnormals."""
     return tl.exp2(tl.abs(x) * -1.4426950408889634)
 
 
 @triton.jit
 def _sigmoids(x):
-    """sigmoid(x), sigmoid(-x), both without cancellation or overflow."""
+    """Returns sigmoid(x), sigmoid(-x), both without cancellation or overflow."""
     e = _decay(x)
     r = 1 / (1 + e)
     return tl.where(x >= 0, r, e * r), tl.where(x >= 0, e * r, r)
@@ -82,7 +82,7 @@ def _sigmoids(x):
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
-    """What x becomes, and its derivative by x."""
+    """Returns the activation of x, and its derivative."""
     if ACTIVATION == "g":
         e = _decay(x)
         r = 1 / (1 + e)
@@ -93,7 +93,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _normalized(forget_gate, input_gate):
-    """sigmoid(forget_gate) and sigmoid(input_gate) divided by their sum, defined also where both underflow."""
+    """Returns sigmoid(forget_gate), sigmoid(input_gate) over their sum, defined even if both underflow."""
     e_forget = _decay(forget_gate)
     e_input = _decay(input_gate)
     ratio = tl.where(forget_gate > 0, 0.0, forget_gate) - tl.where(input_gate > 0, 0.0, input_gate)
@@ -106,7 +106,7 @@ def _normalized(forget_gate, input_gate):
 
 @triton.jit
 def _gates(gate, input_gate, KIND: tl.constexpr, NORMALIZE: tl.constexpr, SIGNED: tl.constexpr):
-    """What multiplies the state, and what multiplies the candidate."""
+    """Returns the factors of the state and of the candidate."""
     if KIND == "linear":
         return gate, tl.full(gate.shape, 1.0, gate.dtype)
     elif KIND == "minlstm" and not NORMALIZE:
@@ -129,7 +129,7 @@ def _coefficients(
     gate, input_gate, candidate,
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
-    """a, b of h_t = a_t h_{t-1} + b_t, as in cells.coefficients."""
+    """Returns a, b of h_t = a_t h_{t-1} + b_t, as cells.coefficients does."""
     a, take = _gates(gate, input_gate, KIND, NORMALIZE, SIGNED)
     c, _ = _activate(candidate, ACTIVATION)
     return a, take * c
@@ -137,7 +137,7 @@ def _coefficients(
 
 @triton.jit
 def _times_difference(s, x, y):
-    """s x - s y. Factored it is more precise where x is near y; unfactored it is NaN or infinite as it should be."""
+    """Returns s x - s y: factored for precision where x is near y, unfactored if s is not finite."""
     return tl.where(tl.abs(s) < float("inf"), s * (x - y), s * x - s * y)
 
 
@@ -146,7 +146,7 @@ def _input_gradients(
     gate, input_gate, candidate, previous, s,
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of gate, input_gate (unused where there is none) and candidate, from s, the gradient of h_t."""
+    """Returns the gradients of gate, input_gate (unused if there is none) and candidate, from s, that of h_t."""
     a, take = _gates(gate, input_gate, KIND, NORMALIZE, False)
     c, slope = _activate(candidate, ACTIVATION)
     if KIND == "linear":
@@ -172,13 +172,13 @@ def _input_gradients(
 
 @triton.jit
 def _then(a_left, b_left, reset_left, a, b, reset):
-    """Two stretches of h -> a h + b in a row; a reset drops what enters it, infinities and NaN included."""
+    """Composes two stretches of h -> a h + b; a reset drops the state that enters it, even infinities and NaN."""
     return a_left * a, tl.where(reset, b, a * b_left + b), reset_left | reset
 
 
 @triton.jit
 def _then_gradient(p_left, s_left, a_left, reset_left, p, s, a, reset):
-    """Two stretches of s -> p s + g in a row; a passes the last gradient of a stretch on to the next one's first."""
+    """Composes two stretches of s -> p s + g; a takes the last gradient of one to the first of the next."""
     carried_p = tl.where(reset_left, 0.0, a_left * p_left)
     carried_s = tl.where(reset_left, 0.0, a_left * s_left)
     return p * carried_p, s + p * carried_s, a, reset
@@ -191,7 +191,7 @@ def _last(x, rows, STEPS: tl.constexpr):
 
 @triton.jit
 def _load(pointer, t, rows, stride, mask, other):
-    """Steps t + rows. Offsets in two parts, so that a tile's addresses cost one addition each."""
+    """Loads steps t + rows. Offsets have two parts, so that a tile's addresses cost one addition each."""
     return tl.load(pointer + t * stride + rows.to(tl.int64) * stride, mask=mask, other=other)
 
 
@@ -202,10 +202,10 @@ def _store(pointer, t, rows, stride, x, mask):
 
 @triton.jit
 def _nothing(d, stride):
-    """Offsets of a stride that is zero, so that all lanes read a step's one reset.
+    """Returns offsets with a stride of zero, so that all lanes read a step's one reset.
 
-    The hint is untrue, and harmless as no alignment is known that would allow wider reads. Without it Triton 3.6
-    lays this tile out along time, and the scan no longer stays within a thread.
+    The hint is untrue, but harmless, because no known alignment would allow wider reads. Without it Triton 3.6 lays
+    this tile out along time, and the scan no longer stays within a thread.
     """
     return tl.max_contiguous(d * stride, (1, d.shape[1]))
 
@@ -215,7 +215,7 @@ def _load_inputs(
     gate, input_gate, candidate, resets, t, rows, mask, gate_t, input_gate_t, candidate_t, resets_t,
     KIND: tl.constexpr,
 ):  # fmt: skip
-    """A tile of each, as stored; outside of the mask inputs that give a = 1, b = 0. What is absent costs nothing."""
+    """Loads a tile of each input, as stored; outside the mask a = 1, b = 0. Absent inputs cost nothing."""
     if KIND == "linear":
         gate_tile = _load(gate, t, rows, gate_t, mask, 1.0)
     elif KIND == "mingru":
@@ -241,10 +241,10 @@ def _walk(
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, SIGNED: tl.constexpr,
     ADJOINT: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """From state h (1, BLOCK_D) through the steps start..stop: the state after them and the product of their a's.
+    """Runs from state h (1, BLOCK_D) over the steps start..stop; returns the last state and the product of the a's.
 
-    The pointers are (1, BLOCK_D), at step 0. States are stored where `out` is given. ADJOINT: candidate is the
-    gradient of the states, and the walk is the one of the backward pass, c_t = a_t (c_{t-1} + candidate_t).
+    The pointers are (1, BLOCK_D), at step 0. States are stored if `out` is given. ADJOINT: candidate is the gradient
+    of the states, and the recurrence is that of the backward pass, c_t = a_t (c_{t-1} + candidate_t).
     """
     rows = tl.arange(0, STEPS)[:, None]
     product = tl.full(h.shape, 1.0, h.dtype)
@@ -271,7 +271,7 @@ def _walk(
             states = tl.where(reset, 0.0, a * states)
         else:
             a, b = _coefficients(gate_tile, input_gate_tile, candidate_tile, KIND, ACTIVATION, NORMALIZE, SIGNED)
-            b = tl.where(reset, a * 0 + b, b)  # what the loop computes: NaN where a is not finite
+            b = tl.where(reset, a * 0 + b, b)  # as the loop does: NaN where a is not finite
             a = tl.where(reset, 0.0, a)
             b = tl.where((rows == 0) & (reset == 0), a * h + b, b)
             products, states, _ = tl.associative_scan((a, b, reset), 0, _then)
@@ -285,7 +285,7 @@ def _walk(
 
 @triton.jit
 def _place(bounds, b, T):
-    """The first step of a sequence and how many it has: all T, but where `bounds` (sequences, 2) gives ends."""
+    """Returns a sequence's first step and number of steps: 0 and T unless `bounds` (sequences, 2) gives both ends."""
     if bounds is None:
         return b * 0, T
     else:
@@ -304,7 +304,7 @@ def _scan_kernel(
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, SIGNED: tl.constexpr, ADJOINT: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """States of one chunk. Without `out` its summary: the product of its a's and its end, both (B, chunks, D)."""
+    """Stores one chunk's states, or without `out` its product of a's and its last state, both (B, chunks, D)."""
     blocks = tl.cdiv(D, BLOCK_D)
     row = tl.program_id(0) // blocks
     b, chunk = row // chunks, row % chunks
@@ -341,7 +341,7 @@ def _carry_kernel(
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, SIGNED: tl.constexpr, ADJOINT: tl.constexpr,
     STEPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The state entering every chunk, (B, chunks + 1, D), from the summaries of all chunks, (B, chunks, D).
+    """Stores the state entering every chunk, (B, chunks + 1, D), from all chunks' products and ends, (B, chunks, D).
 
     The last one is the state after all `chunks`.
     """
@@ -406,7 +406,7 @@ def _gradient_kernel(
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, SIGNED: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk. Step 0 is the last in the forward order, so the previous state stands at t + 1."""
+    """Stores one chunk's gradients. Step 0 is the last of the forward pass, so the previous state is at t + 1."""
     blocks = tl.cdiv(D, BLOCK_D)
     row = tl.program_id(0) // blocks
     b, chunk = row // chunks, row % chunks
@@ -481,7 +481,7 @@ def forward(
     reverse: bool,
     out: Tensor,
 ) -> None:
-    """Fills `out` (B, T, D) with the states. All tensors have D contiguous, any strides over B and T."""
+    """Fills `out` (B, T, D) with the states. All tensors have D contiguous and any strides over B and T."""
     B, T, D, bounds = _sequences(out, cu_seqlens, flip=reverse)
     arguments = _cell(cell, out.dtype) | _inputs(inputs, resets, flip=reverse) | {"bounds": bounds}
     chunk_steps = _chunk_steps(B, T, D, out.device)
@@ -543,7 +543,7 @@ def backward(
 
 
 def _sequences(h: Tensor, cu_seqlens: Tensor | None, flip: bool) -> tuple[int, int, int, Tensor | None]:
-    """How many there are, the longest one's steps, D, and where each begins and ends if they lie end to end."""
+    """Returns how many sequences there are, the most steps of one, D, and each one's bounds if they are packed."""
     B, T, D = h.shape
     if cu_seqlens is None:
         return B, T, D, None
@@ -555,7 +555,7 @@ def _sequences(h: Tensor, cu_seqlens: Tensor | None, flip: bool) -> tuple[int, i
 def _entering(
     arguments: dict, h0: Tensor | None, B: int, T: int, D: int, chunk_steps: int, adjoint: bool = False
 ) -> Tensor:
-    """The state (gradient) entering every chunk, (B, chunks, D) in the type of accumulation."""
+    """Returns the state (or gradient) entering every chunk, (B, chunks, D) in the dtype of accumulation."""
     chunks = triton.cdiv(T, chunk_steps)
     gate = arguments["gate"]
     options = {"dtype": torch.promote_types(gate.dtype, torch.float32), "device": gate.device}
@@ -582,13 +582,13 @@ def _entering(
         initial_b=0 if h0 is None else h0.stride(0),
         entering=entering,
         CHUNKS=CARRY_CHUNKS,
-        STEPS=_steps(NARROW_BACKWARD_STEPS, gate.dtype),  # it walks rarely: small rather than fast
+        STEPS=_steps(NARROW_BACKWARD_STEPS, gate.dtype),  # it rarely goes step by step: small rather than fast
     )
     return entering
 
 
 def _chunk_steps(B: int, T: int, D: int, device: torch.device) -> int:
-    """How many steps a program walks: all T, or fewer where there are too few channels to fill the GPU."""
+    """Returns the steps per program: all T, or fewer if there are too few channels to fill the GPU."""
     if device.type != "cuda" or T < MIN_SPLIT_STEPS:
         return T
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -609,7 +609,7 @@ def _backward_steps(arguments: dict) -> int:
 
 
 def _steps(steps: int, dtype: torch.dtype) -> int:
-    """A number takes two registers in float64, and its exponential many more."""
+    """Returns a quarter of steps for float64: a number takes two registers, and its exponential many more."""
     return steps // 4 if dtype == torch.float64 else steps
 
 
@@ -628,11 +628,11 @@ def _inputs(inputs: tuple[Tensor, ...], resets: Tensor | None, flip: bool) -> di
 
 
 def _view(name: str, x: Tensor | None, flip: bool = False) -> dict:
-    """The kernel's arguments for a (B, T, ...) tensor; flipped, its step 0 is the last one."""
+    """Returns the kernel's arguments for a (B, T, ...) tensor; if flipped, its step 0 is the last one."""
     if x is None:
         return {name: None, f"{name}_b": 0, f"{name}_t": 0}
     b, t = x.stride()[:2]
-    b = 0 if x.shape[0] == 1 else b  # packed sequences lie end to end in one row of the batch
+    b = 0 if x.shape[0] == 1 else b  # packed sequences share one row of the batch
     return {name: x[:, -1:] if flip else x, f"{name}_b": b, f"{name}_t": -t if flip else t}
 
 
