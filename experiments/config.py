@@ -247,6 +247,11 @@ class Eval:
 
 
 @dataclass
+class EvalAtLengths(Eval):
+    lengths: list[int] = field(default_factory=list)  # additional lengths at which the last weights are tested
+
+
+@dataclass
 class Wandb:
     mode: str = "offline"  # or online
     project: str = "minrnn"
@@ -304,15 +309,10 @@ class SelectiveCopyData:
 
 
 @dataclass
-class SelectiveCopyEval(Eval):
-    lengths: list[int] = field(default_factory=list)  # further bodies, at each of which the last weights are tested
-
-
-@dataclass
 class SelectiveCopy(Run):
     experiment: str = "selective_copy"
     data: SelectiveCopyData = field(default_factory=SelectiveCopyData)
-    eval: SelectiveCopyEval = field(default_factory=SelectiveCopyEval)
+    eval: EvalAtLengths = field(default_factory=EvalAtLengths)
 
     def __post_init__(self):
         super().__post_init__()
@@ -361,15 +361,10 @@ class SyntheticData:
 
 
 @dataclass
-class SyntheticEval(Eval):
-    lengths: list[int] = field(default_factory=list)  # additional lengths at which the last weights are tested
-
-
-@dataclass
 class Synthetic(Run):
     experiment: str = "synthetic"
     data: SyntheticData = field(default_factory=SyntheticData)
-    eval: SyntheticEval = field(default_factory=SyntheticEval)
+    eval: EvalAtLengths = field(default_factory=EvalAtLengths)
 
     def __post_init__(self):
         super().__post_init__()

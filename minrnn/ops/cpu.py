@@ -33,7 +33,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from .cells import CELLS, Cell
+from .cells import CELLS, LINEAR, Cell
 
 # Channels per block. The linear scan's loop over a block is so short that the compiler unrolls one of 16 before
 # vectorising it, and then vectorises badly; with 32 it does not. The gated cells are slower with more than 16.
@@ -297,36 +297,9 @@ def _(x, value):
 # candidate. For the linear scan, a and b replace gate and candidate; for minLSTM, gate is the forget gate. The
 # formulas are those of cells.py.
 
-# One type per cell: numba specialises by type, and its cache identifies a type by the name given here.
-_Linear = namedtuple("_Linear", ())
-_MinGRU = namedtuple("_MinGRU", ())
-_MinGRUIdentity = namedtuple("_MinGRUIdentity", ())
-_MinLSTM = namedtuple("_MinLSTM", ())
-_MinLSTMIdentity = namedtuple("_MinLSTMIdentity", ())
-_MinLSTMUnnormalized = namedtuple("_MinLSTMUnnormalized", ())
-_MinLSTMUnnormalizedIdentity = namedtuple("_MinLSTMUnnormalizedIdentity", ())
-_SignedMinGRU = namedtuple("_SignedMinGRU", ())
-_SignedMinGRUIdentity = namedtuple("_SignedMinGRUIdentity", ())
-_SignedMinLSTM = namedtuple("_SignedMinLSTM", ())
-_SignedMinLSTMIdentity = namedtuple("_SignedMinLSTMIdentity", ())
-_SignedMinLSTMUnnormalized = namedtuple("_SignedMinLSTMUnnormalized", ())
-_SignedMinLSTMUnnormalizedIdentity = namedtuple("_SignedMinLSTMUnnormalizedIdentity", ())
-
-_CELLS = {
-    _Linear: CELLS["linear"],
-    _MinGRU: CELLS["mingru_g"],
-    _MinGRUIdentity: CELLS["mingru_identity"],
-    _MinLSTM: CELLS["minlstm_g"],
-    _MinLSTMIdentity: CELLS["minlstm_identity"],
-    _MinLSTMUnnormalized: CELLS["minlstm_unnormalized_g"],
-    _MinLSTMUnnormalizedIdentity: CELLS["minlstm_unnormalized_identity"],
-    _SignedMinGRU: CELLS["mingru_signed_g"],
-    _SignedMinGRUIdentity: CELLS["mingru_signed_identity"],
-    _SignedMinLSTM: CELLS["minlstm_signed_g"],
-    _SignedMinLSTMIdentity: CELLS["minlstm_signed_identity"],
-    _SignedMinLSTMUnnormalized: CELLS["minlstm_unnormalized_signed_g"],
-    _SignedMinLSTMUnnormalizedIdentity: CELLS["minlstm_unnormalized_signed_identity"],
-}
+# One type per cell: numba specialises by type, and its cache on disk finds a type by its name in this module.
+_CELLS = {namedtuple(f"_{name}", (), module=__name__): cell for name, cell in CELLS.items()}
+globals().update({tag.__name__: tag for tag in _CELLS})
 _TAGS = {cell: tag() for tag, cell in _CELLS.items()}
 
 
@@ -510,12 +483,12 @@ def _(tag, gate, input_gate, candidate, s, previous):
 
 
 def _lanes(tag):
-    return LINEAR_LANES if isinstance(tag, _Linear) else LANES
+    return LINEAR_LANES if _CELLS[type(tag)] == LINEAR else LANES
 
 
 @_overload(_lanes)
 def _(tag):
-    lanes = LINEAR_LANES if tag.instance_class is _Linear else LANES
+    lanes = LINEAR_LANES if _CELLS[tag.instance_class] == LINEAR else LANES
     return lambda tag: lanes
 
 
