@@ -247,7 +247,7 @@ def accuracy_against_length(table: str, found: list[Entry]) -> Figure:
         ax.fill_between(lengths, list(map(min, values)), list(map(max, values)), color=style["color"], alpha=0.15)
     longest = max(record["config"]["data"]["lengths"][1] for entry in rows for record in entry.done)
     ax.axvline(longest, color="#888888", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
-    room = 3 * lengths[-1] if lengths else None  # for the label of chance, beside the last marker
+    room = 5 * lengths[-1] if lengths else None  # for the label of chance, beside the last marker
     ax.set(
         xscale="log",
         ylim=(0, 103),
