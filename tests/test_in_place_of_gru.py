@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -371,17 +372,20 @@ IndexDataCacheFile.save = save
 
 
 def test_kernels_depend_on_all_their_sources(tmp_path, monkeypatch):
-    from minrnn.ops import cpu, selective_cpu
+    from minrnn.ops import compiled, cpu, selective_cpu
 
-    stamp = cpu._sources()
+    stamp = compiled._sources()
     for kernel in (cpu._forward, cpu._backward, selective_cpu._forward, selective_cpu._backward):
         assert kernel._cache._cache_file._source_stamp == stamp
-    for name in ("cells.py", "cpu.py", "selective_cpu.py"):
-        (tmp_path / name).write_bytes((cpu.Path(cpu.__file__).parent / name).read_bytes())
-    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
-    assert cpu._sources() == stamp
-    for name in ("cells.py", "cpu.py", "selective_cpu.py"):
+    folder = Path(compiled.__file__).parent
+    users = {file.name for file in folder.glob("*.py") if ".compiled import" in file.read_text()}
+    assert users < set(compiled.SOURCES)
+    for name in compiled.SOURCES:
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+    assert compiled._sources() == stamp
+    for name in compiled.SOURCES:
         with open(tmp_path / name, "a") as file:
             file.write("\n")
-        assert cpu._sources() != stamp
-        stamp = cpu._sources()
+        assert compiled._sources() != stamp
+        stamp = compiled._sources()

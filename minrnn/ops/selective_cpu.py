@@ -1,7 +1,7 @@
 """The selective scan on a CPU, compiled with numba, forward and backward.
 
 Arithmetic limits the speed: B T D N exponentials forward and again backward. So only the state is kept, in the L1
-cache, and the exponential is the polynomial of `cpu`, which the compiler vectorises.
+cache, and the exponential is the polynomial of `compiled`, which the compiler vectorises.
 
 A kernel takes one sequence and a block of 16 channels, whose N states are stored as N rows of 16 numbers: the sum over
 N for y, and those of the backward pass, then do not cross a vector's lanes. Rows of u, dt and the gradient are copied
@@ -19,12 +19,23 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
 from torch import Tensor
 
-from .cpu import _ELEMENT_TAGS, _at, _bounded_exp, _cached_jit, _jit, _like, _overload, _zero, in_threads
+from .compiled import (
+    ELEMENT_TAGS,
+    REGIONS,
+    bounded_exp,
+    cached_jit,
+    constant,
+    in_threads,
+    inline_overload,
+    jit,
+    load,
+    row_at,
+    store,
+    zero_of,
+)
 
 LANES = 16
 # Below this many states (times steps) per thread another thread costs more than it saves.
@@ -35,46 +46,14 @@ MIN_GROUP = 4
 CACHE_LINE = 64
 
 # Regions of memory. None overlaps another, and each is always accessed by its own number.
-INPUT, ROW, STATE, PREVIOUS, DECAY, SUM, ROW_SUM, ROW_SUM_2, GRAD_A, OUTPUT = range(10)
-
-
-def _declare_no_overlap(module, instruction, region):
-    domain = module.add_metadata(["minrnn selective"])
-    scopes = [module.add_metadata([f"minrnn region {i}", domain]) for i in range(OUTPUT + 1)]
-    instruction.set_metadata("alias.scope", module.add_metadata([scopes[region]]))
-    instruction.set_metadata("noalias", module.add_metadata(scopes[:region] + scopes[region + 1 :]))
-
-
-def _pointer(builder, element, address, index):
-    storage = ir.DoubleType() if element == types.float64 else ir.FloatType()
-    return builder.gep(builder.inttoptr(address, storage.as_pointer()), [index])
-
-
-@intrinsic(prefer_literal=True)
-def _load(typingctx, region, element, address, index):
-    def codegen(context, builder, signature, args):
-        value = builder.load(_pointer(builder, element, args[2], args[3]))
-        _declare_no_overlap(builder.module, value, region.literal_value)
-        return value
-
-    return element(region, element, types.int64, types.int64), codegen
-
-
-@intrinsic(prefer_literal=True)
-def _store(typingctx, region, element, address, index, value):
-    def codegen(context, builder, signature, args):
-        store = builder.store(args[4], _pointer(builder, element, args[2], args[3]))
-        _declare_no_overlap(builder.module, store, region.literal_value)
-        return context.get_dummy_value()
-
-    return types.void(region, element, types.int64, types.int64, element), codegen
+INPUT, ROW, STATE, PREVIOUS, DECAY, SUM, ROW_SUM, ROW_SUM_2, GRAD_A, OUTPUT = range(REGIONS)
 
 
 def _size(element):
     raise NotImplementedError("compiled only")
 
 
-@_overload(_size)
+@inline_overload(_size)
 def _(element):
     size = 8 if element == types.float64 else 4
     return lambda element: size
@@ -85,70 +64,70 @@ def _(element):
 # contiguous. A stream of states has a third stride, over N. The address 0 means zeros.
 
 
-@_jit
+@jit
 def _exp(x):
     """Returns exp(x), which is 0 or infinite outside the range of normal numbers; NaN stays NaN."""
-    low, high = _like(x, -88.0), _like(x, 89.0)
+    low, high = constant(x, -88.0), constant(x, 89.0)
     if _size(x) == 8:
-        low, high = _like(x, -709.0), _like(x, 710.0)
+        low, high = constant(x, -709.0), constant(x, 710.0)
     x = low if x < low else x
-    return _bounded_exp(high if x > high else x)
+    return bounded_exp(high if x > high else x)
 
 
-@_jit
+@jit
 def _clear(element, region, target, count):
-    zero = _zero(element)
+    zero = zero_of(element)
     for i in range(count):
-        _store(region, element, target, i, zero)
+        store(region, element, target, i, zero)
 
 
-@_jit
+@jit
 def _read_row(element, region, source, target, width):
     if width == LANES and source != 0:
         for k in range(LANES):
-            _store(region, element, target, k, _load(INPUT, element, source, k))
+            store(region, element, target, k, load(INPUT, element, source, k))
     else:
         _clear(element, region, target, LANES)
         for k in range(width if source != 0 else 0):
-            _store(region, element, target, k, _load(INPUT, element, source, k))
+            store(region, element, target, k, load(INPUT, element, source, k))
 
 
-@_jit
+@jit
 def _write_row(element, region, source, target, width):
     if width == LANES:
         for k in range(LANES):
-            _store(OUTPUT, element, target, k, _load(region, element, source, k))
+            store(OUTPUT, element, target, k, load(region, element, source, k))
     else:
         for k in range(width):
-            _store(OUTPUT, element, target, k, _load(region, element, source, k))
+            store(OUTPUT, element, target, k, load(region, element, source, k))
 
 
-@_jit
+@jit
 def _multiply_rows(element, x, y, out):
     for k in range(LANES):
-        _store(ROW, element, out, k, _load(ROW, element, x, k) * _load(ROW, element, y, k))
+        store(ROW, element, out, k, load(ROW, element, x, k) * load(ROW, element, y, k))
 
 
-@_jit
+@jit
 def _read_states(element, states, b, d, target, N, width):
     _clear(element, STATE, target, N * LANES)
     if states[0] != 0:
         for k in range(width):
             source = states[0] + b * states[1] + (d + k) * states[2]
             for n in range(N):
-                _store(STATE, element, target, n * LANES + k, _load(INPUT, element, source + n * states[3], 0))
+                store(STATE, element, target, n * LANES + k, load(INPUT, element, source + n * states[3], 0))
 
 
-@_jit
+@jit
 def _write_states(element, states, b, d, source, N, width):
     if states[0] != 0:
         for k in range(width):
             target = states[0] + b * states[1] + (d + k) * states[2]
             for n in range(N):
-                _store(OUTPUT, element, target + n * states[3], 0, _load(STATE, element, source, n * LANES + k))
+                store(OUTPUT, element, target + n * states[3], 0, load(STATE, element, source, n * LANES + k))
 
 
-@_jit
+@jit
 def _saved_at(saved, b, stretch, n, stretches, N, D, d, size):
     """Returns the address of row n, from channel d on, of the state that enters a stretch."""
     return saved + (((b * stretches + stretch) * N + n) * D + d) * size
@@ -157,20 +136,20 @@ def _saved_at(saved, b, stretch, n, stretches, N, D, d, size):
 # --- forward -----------------------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def _forward_step(element, dt, x, A, B, C, h, y, N):
     _clear(element, ROW_SUM, y, LANES)
     for n in range(N):
-        b, c = _load(INPUT, element, B, n), _load(INPUT, element, C, n)
+        b, c = load(INPUT, element, B, n), load(INPUT, element, C, n)
         for k in range(LANES):
             i = n * LANES + k
-            a = _exp(_load(ROW, element, dt, k) * _load(INPUT, element, A, i))
-            state = a * _load(STATE, element, h, i) + _load(ROW, element, x, k) * b
-            _store(STATE, element, h, i, state)
-            _store(ROW_SUM, element, y, k, _load(ROW_SUM, element, y, k) + state * c)
+            a = _exp(load(ROW, element, dt, k) * load(INPUT, element, A, i))
+            state = a * load(STATE, element, h, i) + load(ROW, element, x, k) * b
+            store(STATE, element, h, i, state)
+            store(ROW_SUM, element, y, k, load(ROW_SUM, element, y, k) + state * c)
 
 
-@_cached_jit
+@cached_jit
 def _forward(element, u, dt, A, B, C, h0, y, last, saved, T, D, N, steps, groups, first, stop, scratch):
     size = _size(element)
     row, block_size = LANES * size, N * LANES * size
@@ -192,13 +171,13 @@ def _forward(element, u, dt, A, B, C, h0, y, last, saved, T, D, N, steps, groups
                     target = _saved_at(saved, b, stretch, n, stretches, N, D, d, size)
                     _write_row(element, STATE, h + n * row, target, width)
                 for t in range(stretch * steps, min((stretch + 1) * steps, T)):
-                    _read_row(element, ROW, _at(dt, b, t) + d * size, dt_row, width)
-                    _read_row(element, ROW, _at(u, b, t) + d * size, x_row, width)
+                    _read_row(element, ROW, row_at(dt, b, t) + d * size, dt_row, width)
+                    _read_row(element, ROW, row_at(u, b, t) + d * size, x_row, width)
                     _multiply_rows(element, x_row, dt_row, x_row)
                     _forward_step(
-                        element, dt_row, x_row, A + block * block_size, _at(B, b, t), _at(C, b, t), h, y_row, N
+                        element, dt_row, x_row, A + block * block_size, row_at(B, b, t), row_at(C, b, t), h, y_row, N
                     )  # fmt: skip
-                    _write_row(element, ROW_SUM, y_row, _at(y, b, t) + d * size, width)
+                    _write_row(element, ROW_SUM, y_row, row_at(y, b, t) + d * size, width)
         for block in range(first_block, stop_block):
             h = carry + (block - first_block) * block_size
             _write_states(element, last, b, block * LANES, h, N, min(LANES, D - block * LANES))
@@ -207,63 +186,61 @@ def _forward(element, u, dt, A, B, C, h0, y, last, saved, T, D, N, steps, groups
 # --- backward ----------------------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def _recompute_step(element, dt, x, grad, A, B, h, previous, decay, dC, N):
     """Repeats a forward step, stores the state before it and the exponential, and adds to the lanes of dC."""
     for n in range(N):
-        b = _load(INPUT, element, B, n)
+        b = load(INPUT, element, B, n)
         for k in range(LANES):
             i = n * LANES + k
-            a = _exp(_load(ROW, element, dt, k) * _load(INPUT, element, A, i))
-            before = _load(STATE, element, h, i)
-            state = a * before + _load(ROW, element, x, k) * b
-            _store(PREVIOUS, element, previous, i, before)
-            _store(DECAY, element, decay, i, a)
-            _store(STATE, element, h, i, state)
-            _store(SUM, element, dC, i, _load(SUM, element, dC, i) + _load(ROW, element, grad, k) * state)
+            a = _exp(load(ROW, element, dt, k) * load(INPUT, element, A, i))
+            before = load(STATE, element, h, i)
+            state = a * before + load(ROW, element, x, k) * b
+            store(PREVIOUS, element, previous, i, before)
+            store(DECAY, element, decay, i, a)
+            store(STATE, element, h, i, state)
+            store(SUM, element, dC, i, load(SUM, element, dC, i) + load(ROW, element, grad, k) * state)
 
 
-@_jit
+@jit
 def _backward_step(element, dt, x, grad, A, B, C, s, previous, decay, dB, dA, dx, ddt, N):
     """Goes back one step: s is the state's gradient from later steps, dx that of dt u, ddt that of dt in exp(dt A)."""
     _clear(element, ROW_SUM, dx, LANES)
     _clear(element, ROW_SUM_2, ddt, LANES)
     for n in range(N):
-        b, c = _load(INPUT, element, B, n), _load(INPUT, element, C, n)
+        b, c = load(INPUT, element, B, n), load(INPUT, element, C, n)
         for k in range(LANES):
             i = n * LANES + k
-            total = _load(STATE, element, s, i) + _load(ROW, element, grad, k) * c
-            onward = total * _load(DECAY, element, decay, i)
-            exponent = onward * _load(PREVIOUS, element, previous, i)
-            _store(STATE, element, s, i, onward)
-            _store(SUM, element, dB, i, _load(SUM, element, dB, i) + total * _load(ROW, element, x, k))
-            _store(ROW_SUM, element, dx, k, _load(ROW_SUM, element, dx, k) + total * b)
-            _store(
-                ROW_SUM_2, element, ddt, k, _load(ROW_SUM_2, element, ddt, k) + exponent * _load(INPUT, element, A, i)
-            )
-            _store(GRAD_A, element, dA, i, _load(GRAD_A, element, dA, i) + exponent * _load(ROW, element, dt, k))
+            total = load(STATE, element, s, i) + load(ROW, element, grad, k) * c
+            onward = total * load(DECAY, element, decay, i)
+            exponent = onward * load(PREVIOUS, element, previous, i)
+            store(STATE, element, s, i, onward)
+            store(SUM, element, dB, i, load(SUM, element, dB, i) + total * load(ROW, element, x, k))
+            store(ROW_SUM, element, dx, k, load(ROW_SUM, element, dx, k) + total * b)
+            store(ROW_SUM_2, element, ddt, k, load(ROW_SUM_2, element, ddt, k) + exponent * load(INPUT, element, A, i))
+            store(GRAD_A, element, dA, i, load(GRAD_A, element, dA, i) + exponent * load(ROW, element, dt, k))
 
 
-@_jit
+@jit
 def _input_gradients(element, dt, u, dx, ddt):
     """Turns dx into the gradient of u and ddt into that of dt, in place."""
     for k in range(LANES):
-        g = _load(ROW_SUM, element, dx, k)
-        _store(ROW_SUM, element, dx, k, g * _load(ROW, element, dt, k))
-        _store(ROW_SUM_2, element, ddt, k, _load(ROW_SUM_2, element, ddt, k) + g * _load(ROW, element, u, k))
+        g = load(ROW_SUM, element, dx, k)
+        store(ROW_SUM, element, dx, k, g * load(ROW, element, dt, k))
+        store(ROW_SUM_2, element, ddt, k, load(ROW_SUM_2, element, ddt, k) + g * load(ROW, element, u, k))
 
 
 @njit(forceinline=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})
 def _write_sums(element, sums, target, N):
     """Writes sums over the lanes, added in an order that the compiler chooses."""
     for n in range(N):
-        total = _zero(element)
+        total = zero_of(element)
         for k in range(LANES):
-            total += _load(SUM, element, sums, n * LANES + k)
-        _store(OUTPUT, element, target, n, total)
+            total += load(SUM, element, sums, n * LANES + k)
+        store(OUTPUT, element, target, n, total)
 
 
-@_cached_jit
+@cached_jit
 def _backward(
     element, u, dt, A, B, C, saved, grad, grad_last, du, ddt, dA, dB, dC, grad_h0,
     T, D, N, steps, groups, first, stop, scratch,
@@ -301,29 +278,29 @@ def _backward(
                 for i in range(count):
                     t = start + i
                     at = i * row
-                    _read_row(element, ROW, _at(dt, b, t) + d * size, dt_rows + at, width)
-                    _read_row(element, ROW, _at(u, b, t) + d * size, u_rows + at, width)
-                    _read_row(element, ROW, _at(grad, b, t) + d * size if grad[0] != 0 else 0, grad_rows + at, width)
+                    _read_row(element, ROW, row_at(dt, b, t) + d * size, dt_rows + at, width)
+                    _read_row(element, ROW, row_at(u, b, t) + d * size, u_rows + at, width)
+                    _read_row(element, ROW, row_at(grad, b, t) + d * size if grad[0] != 0 else 0, grad_rows + at, width)
                     _multiply_rows(element, dt_rows + at, u_rows + at, x_rows + at)
                     _recompute_step(
-                        element, dt_rows + at, x_rows + at, grad_rows + at, block_A, _at(B, b, t), h,
+                        element, dt_rows + at, x_rows + at, grad_rows + at, block_A, row_at(B, b, t), h,
                         previous + i * block_size, decay + i * block_size, sums_C + i * block_size, N,
                     )  # fmt: skip
                 for i in range(count - 1, -1, -1):
                     t = start + i
                     at = i * row
                     _backward_step(
-                        element, dt_rows + at, x_rows + at, grad_rows + at, block_A, _at(B, b, t), _at(C, b, t),
+                        element, dt_rows + at, x_rows + at, grad_rows + at, block_A, row_at(B, b, t), row_at(C, b, t),
                         carry + (block - first_block) * block_size,
                         previous + i * block_size, decay + i * block_size, sums_B + i * block_size,
                         dA + (b * blocks + block) * block_size, dx_row, ddt_row, N,
                     )  # fmt: skip
                     _input_gradients(element, dt_rows + at, u_rows + at, dx_row, ddt_row)
-                    _write_row(element, ROW_SUM, dx_row, _at(du, b, t) + d * size, width)
-                    _write_row(element, ROW_SUM_2, ddt_row, _at(ddt, b, t) + d * size, width)
+                    _write_row(element, ROW_SUM, dx_row, row_at(du, b, t) + d * size, width)
+                    _write_row(element, ROW_SUM_2, ddt_row, row_at(ddt, b, t) + d * size, width)
             for i in range(count):
-                _write_sums(element, sums_B + i * block_size, _at(dB, item, start + i), N)
-                _write_sums(element, sums_C + i * block_size, _at(dC, item, start + i), N)
+                _write_sums(element, sums_B + i * block_size, row_at(dB, item, start + i), N)
+                _write_sums(element, sums_C + i * block_size, row_at(dC, item, start + i), N)
         for block in range(first_block, stop_block):
             s = carry + (block - first_block) * block_size
             _write_states(element, grad_h0, b, block * LANES, s, N, min(LANES, D - block * LANES))
@@ -378,7 +355,7 @@ def _launch(kernel, like: Tensor, N: int, arguments: tuple, steps: int, scratch_
     def run(first, stop):
         scratch = np.empty(size + CACHE_LINE, np.uint8)
         start = -(-scratch.ctypes.data // CACHE_LINE) * CACHE_LINE
-        kernel(_ELEMENT_TAGS[like.dtype], *arguments, T, D, N, steps, groups, first, stop, start)
+        kernel(ELEMENT_TAGS[like.dtype], *arguments, T, D, N, steps, groups, first, stop, start)
 
     shares = list(pairwise(i * items // threads for i in range(threads + 1)))
     in_threads(run, shares)
