@@ -312,5 +312,5 @@ def test_the_whole_text_selects_where_it_is_asked_for(tmp_path, text):
         assert values["val_loss"] == values["test_loss"] != values["test_estimate"]
     assert run_id(resolve(tmp_path, *settings[:-1])) != run_id(cfg)
     paper, nanogpt = (launch.resolve("charlm", [f"profile={profile}"]) for profile in ("paper", "nanogpt"))
-    assert (paper.eval.whole, paper.train.patience) == (True, 20)
+    assert (paper.eval.whole, paper.train.patience) == (True, 12)
     assert (nanogpt.eval.whole, nanogpt.train.patience) == (False, None)
