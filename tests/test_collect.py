@@ -237,7 +237,7 @@ def test_a_policy_is_its_learners(learner):
 
 def test_medium_is_the_first_that_is_near():
     #         0  1   2   3   4   5   6
-    glances = [5, 20, 38, 52, 45, 80, 44]
+    quick_scores = [5, 20, 38, 52, 45, 80, 44]
     truth = [5, 22, 33, 47, 44, 85, 44]
     asked = []
 
@@ -245,7 +245,7 @@ def test_medium_is_the_first_that_is_near():
         asked.append(i)
         return truth[i]
 
-    assert training.choose(glances, look, 44) == (3, 5)
+    assert training.choose(quick_scores, look, 44) == (3, 5)
     assert asked[:2] == [2, 3] and len(set(asked)) == len(asked)
 
 
@@ -255,10 +255,10 @@ def test_without_any_that_is_near_it_is_the_nearest():
     assert training.choose([7.0], [7.0].__getitem__, 44) == (0, 0)
 
 
-def test_the_best_glance_may_be_luck():
-    glances = [10, 44, 70, 99, 85, 83]
+def test_the_best_quick_score_may_be_luck():
+    quick_scores = [10, 44, 70, 99, 85, 83]
     truth = [10, 44, 70, 40, 82, 88]
-    assert training.choose(glances, truth.__getitem__, 44) == (1, 5)
+    assert training.choose(quick_scores, truth.__getitem__, 44) == (1, 5)
 
 
 def test_a_long_log_is_thinned_by_whole_episodes_evenly():

@@ -792,9 +792,10 @@ def test_verdicts_follow_the_rule():
         ("not at this scale", 99.9, 0.1, high, False, accuracy),
         ("reproduced", 99.0, 0.3, high, True, accuracy),
         ("contradicted", 99.0, 0.2, high, True, accuracy),
-        ("reproduced", 1.568, None, low, True, loss),
-        ("reproduced", 1.2, None, low, True, loss),
-        ("contradicted", 1.569, None, low, True, loss),
+        ("reproduced", 1.568, 0.0, low, True, loss),
+        ("reproduced", 1.2, 0.0, low, True, loss),
+        ("contradicted", 1.569, 0.0, low, True, loss),
+        ("none (n = 1)", 1.2, None, low, True, loss),
         ("none (†)", 99.5, 0.2, unconfirmed, True, accuracy),
     ):
         assert summary.verdict(*arguments) == expected, arguments

@@ -327,11 +327,11 @@ def times(records: Records) -> list[str]:
     said = []
     names = {"selective_copy": "selective copying", "charlm": "character model", "decision": "decision RNNs"}
     for name, text in names.items():
-        wanted = [run for run in runs("cpu", 1) if run.experiment == name and not run.asked]
-        done = [records[run.run_id] for run in wanted if run.run_id in records]
+        planned = [run for run in runs("cpu", 1) if run.experiment == name and not run.asked]
+        done = [records[run.run_id] for run in planned if run.run_id in records]
         if done:
             minutes = sum(record["seconds"] for record in done) / 60 / max(r["hardware"]["cores"] for r in done)
             said.append(
-                f"{text}: {minutes:.0f} minutes for {len(done)} of {len(wanted)} runs, on {'; '.join(machines(done))}"
+                f"{text}: {minutes:.0f} minutes for {len(done)} of {len(planned)} runs, on {'; '.join(machines(done))}"
             )
     return said

@@ -12,7 +12,7 @@ Speed depends on the machine, so it has a rule of its own. It is judged by the p
 hand-written loops in plain PyTorch: `reproduced` where the ratio reaches the paper's, `contradicted` where it does not
 on the paper's GPU, a T4, and `not at this scale` where it does not on another machine.
 
-A value of the paper that no source confirms gives no verdict.
+A value of the paper that no source confirms gives no verdict, and neither does a single run in the paper's setting.
 """
 
 import statistics
@@ -29,9 +29,10 @@ from .efficiency import tables as efficiency_tables
 TOLERANCE = 0.02  # nats, for a loss
 RULE = (
     "A fixed rule gives the verdict. *Reproduced* and *contradicted* need the paper's setting: ours is as good as the "
-    f"paper's value within both standard deviations ({TOLERANCE} nats for a loss), or it is not. A smaller setting "
-    "gives *not at this scale*. Speed is judged in log space against hand-written loops, as in the paper: *reproduced* "
-    "if it reaches the paper's ratio, *contradicted* if it does not on the paper's GPU, a T4."
+    f"paper's value within both standard deviations ({TOLERANCE} nats for a loss), or it is not; one seed is too "
+    "few for either. A smaller setting gives *not at this scale*. Speed is judged in log space against hand-written "
+    "loops, as in the paper: *reproduced* if it reaches the paper's ratio, *contradicted* if it does not on the "
+    "paper's GPU, a T4."
 )
 UNCONFIRMED = "† Unconfirmed: recalled, and not found in any source we could reach. Such a value gives no verdict."
 DETAILS = {  # text and section of docs/results.md
@@ -64,8 +65,10 @@ def verdict(value: float | None, spread: float | None, paper: Published | None, 
         return "none (†)"
     if not own:
         return "not at this scale"
+    if spread is None:
+        return "none (n = 1)"
     behind = (paper.value - value) * (1 if metric.higher_is_better else -1)
-    allowed = (spread or 0) + (TOLERANCE if paper.std is None and not metric.higher_is_better else paper.std or 0)
+    allowed = spread + (TOLERANCE if paper.std is None and not metric.higher_is_better else paper.std or 0)
     return "reproduced" if round(behind - allowed, 6) <= 0 else "contradicted"
 
 

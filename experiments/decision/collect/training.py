@@ -117,21 +117,21 @@ def learner_class(name: str) -> type:
         ) from error
 
 
-def choose(glances: list[float], look: Callable[[int], float], medium: float) -> tuple[int, int]:
+def choose(quick_scores: list[float], look: Callable[[int], float], medium: float) -> tuple[int, int]:
     """The checkpoints of level medium and expert: the first within NEAR of medium, else the nearest; and the best.
 
-    `glances`, the scores over SCREEN episodes, select candidates. Choosing by these few would reward luck, so `look`
-    scores each candidate over more episodes.
+    `quick_scores`, the scores over SCREEN episodes, select candidates. Choosing by these few would reward luck, so
+    `look` scores each candidate over more episodes.
     """
-    order = sorted(range(len(glances)), key=lambda i: abs(glances[i] - medium))
-    may_be = sorted(i for i in order if abs(glances[i] - medium) <= 3 * NEAR) or order[:1]
+    order = sorted(range(len(quick_scores)), key=lambda i: abs(quick_scores[i] - medium))
+    may_be = sorted(i for i in order if abs(quick_scores[i] - medium) <= 3 * NEAR) or order[:1]
     found: dict[int, float] = {}
     for i in may_be:
         found[i] = look(i)
         if abs(found[i] - medium) <= NEAR:
             break
     chosen = min(found, key=lambda i: abs(found[i] - medium))
-    for i in sorted(order, key=lambda i: -glances[i])[:CANDIDATES]:
+    for i in sorted(order, key=lambda i: -quick_scores[i])[:CANDIDATES]:
         found[i] = found[i] if i in found else look(i)
     return chosen, max(found, key=found.__getitem__)
 
@@ -204,8 +204,8 @@ def _train(env: str, seed: int, folder: Path) -> None:
             bar.set_postfix_str(f"score {judged[i].mean():.1f}")
             return judged[i].mean()
 
-        glances = [checkpoint.score for checkpoint in checkpoints]
-        chosen = dict(zip(("medium", "expert"), choose(glances, look, recipe.medium), strict=True))
+        quick_scores = [checkpoint.score for checkpoint in checkpoints]
+        chosen = dict(zip(("medium", "expert"), choose(quick_scores, look, recipe.medium), strict=True))
     facts = _settings(env, seed) | {"seconds": round(seconds, 1), "score_of_d4rl_medium": recipe.medium}
     facts["checkpoints"] = [[c.step, round(float(c.score), 2)] for c in checkpoints]
     for level, i in chosen.items():
